@@ -1,0 +1,21 @@
+# `make train` and `make test` are all a fresh machine needs; everything they install lies in .venv
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python mmgen.py
+
+train: $(VENV)/installed
+	$(RUN) train --phase multi --resume
+	$(RUN) sample --mode text --show
+
+test: $(VENV)/installed
+	$(VENV)/bin/python -m pytest -q test_mmgen.py
+
+$(VENV)/installed: Makefile
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install -q torch==2.13.0 numpy pytest
+	touch $@
+
+clean:
+	rm -rf $(VENV) checkpoints results data/drawn.npz
+
+.PHONY: train test clean

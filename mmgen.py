@@ -1,0 +1,2462 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: MIT
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch==2.13.0", "numpy"]
+# ///
+"""mmgen: a small multimodal generative model in one file, to run, to read and to copy from.
+
+A VQ-VAE turns a picture into a grid of discrete tokens. An iGPT (a decoder-only transformer) models picture
+tokens and caption words as ONE sequence, so one network draws a caption, captions a picture, or makes up both.
+
+    python mmgen.py train --phase multi            # data if there is none, VQ-VAE, iGPT, fine-tune, samples
+    python mmgen.py sample --mode text --prompt "dark red seven on light blue" --show
+    python mmgen.py sample --mode image            # captions for the first 9 test pictures
+    python mmgen.py eval --json                    # every figure over the test split
+
+Read it from top to bottom:
+    config - data - tokenizer - VQ-VAE - iGPT - sequences - training - sampling - evaluation - files - command line
+
+Symbols used in every shape comment:
+    B  batch                    H, W  picture height, width       h, w  token grid: H/4, W/4
+    N  = h*w, tokens a picture  K     codes in the codebook       D     length of a code vector
+    T  tokens in a sequence     L     words in the longest caption
+    V  vocabulary = K codes, then the sorted caption words, then four specials (EOT, EOI, BOS, PAD)
+    d  width of the transformer    z_e  encoder output    z_q  the nearest code vectors
+
+A pair of picture and caption is a ring, IMAGE EOI TEXT EOT; a training sequence is BOS and the ring read from some
+starting point. EOI and EOT therefore also say what comes NEXT: after EOT a picture, after EOI a caption.
+
+Where this departs from the two original notes, and why:
+  * Their codebook never learns: both VQ terms detach z_q. Ours is mean((z_q - sg[z_e])^2), van den Oord's.
+  * Their distances build an (N, K, D) tensor. |z-e|^2 = |z|^2 - 2 z.e + |e|^2 needs one matrix product.
+  * Their training table starts BOS IMAGE, but their prompts start BOS EOI TEXT and BOS EOT IMAGE, which no training
+    sequence ever showed. We train on exactly the two orders that are prompted ("plain" is there with --orders).
+  * Their cache grows by concatenation at every token. Ours is allocated once and written at an explicit position.
+  * Their one-phase loss sends no gradient from the transformer to the encoder (an argmin has none). Ours aims the
+    cross-entropy at softmax(-|z_e - e_k|^2 / tau), which moves with encoder and codebook.
+  * Their vocabulary counts specials among the words, and so does ours: `all_words` ends with the four specials.
+"""
+
+import argparse
+import contextlib
+import csv
+import dataclasses
+import difflib
+import functools
+import gzip
+import hashlib
+import io
+import json
+import math
+import os
+import pickle
+import signal
+import struct
+import sys
+import time
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used. main() prints it as one line and exits with status 2."""
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Config: every hyperparameter, its default, its range and what it is good for, in one place
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def knob(default, text, low=None, high=None, choices=None):
+    """A dataclass field that also carries what the command line needs: help text, range, choices."""
+    return dataclasses.field(default=default, metadata=dict(help=text, low=low, high=high, choices=choices))
+
+
+@dataclass
+class Config:
+    """The training configuration. These defaults are the original notes' (preset `full`); PRESETS lists the others.
+
+    A field called vqvae_dim is the flag --vqvae-dim. Lengths are in epochs, or in steps where *_steps is not 0.
+    """
+
+    # VQ-VAE
+    vqvae_dim: int = knob(256, "channels of encoder and decoder; 64 is a quarter as good and 12 times as fast", 4, 4096)
+    vqvae_K: int = knob(128, "codes in the codebook; more codes sharpen colours and cost the iGPT", 2, 65536)
+    vqvae_D: int = knob(256, "length of a code vector; equal to vqvae_dim unless memory is short", 1, 4096)
+    attention: bool = knob(False, "one self-attention layer on the token grid on each side of the codebook")
+    beta: float = knob(0.25, "commitment weight; 0.1 to 2 work alike (van den Oord et al.)", 0, 100)
+    ema: float = knob(0.0, "decay of EMA codebook updates, 0.99 is usual; 0: the codebook learns by gradient", 0, 1)
+    restart: int = knob(100, "move a code not used for this many batches onto a random feature; 0: never", 0, 10**9)
+    vqvae_epochs: int = knob(30, "length of phase 1", 0, 10**6)
+    vqvae_steps: int = knob(0, "the same in steps; 0: count epochs", 0, 10**9)
+    vqvae_batch_size: int = knob(128, "pictures a step; per second, small batches learn more on a CPU", 1, 10**6)
+    vqvae_lr: float = knob(1e-3, "learning rate of phase 1", 0, 10)
+    vqvae_decay: bool = knob(False, "warm-up and cosine decay in phase 1, too (the notes have them for the iGPT only)")
+    # iGPT
+    d_model: int = knob(128, "width", 4, 8192)
+    n_heads: int = knob(4, "attention heads; must divide the width", 1, 256)
+    n_layers: int = knob(4, "blocks", 1, 256)
+    dropout: float = knob(0.1, "dropout on both branches of a block; 0 if no picture is seen more than a few times", 0, 0.9)
+    link: bool = knob(True, "build picture-token embeddings and output rows from the codebook")
+    orders: str = knob("image_text,text_image", "orders of a pair's sequence, comma-separated: also 'plain'")
+    caption_weight: float = knob(1.0, "weight of a caption's words after a picture; 5 to 10 make exact captions", 0, 1e4)
+    copies: int = knob(0, "augmented copies (shift, turn, zoom) of the training pictures whose tokens are added", 0, 1000)
+    igpt_epochs: int = knob(30, "length of phase 2", 0, 10**6)
+    igpt_steps: int = knob(0, "the same in steps; 0: count epochs", 0, 10**9)
+    igpt_batch_size: int = knob(128, "sequences a step", 1, 10**6)
+    igpt_lr: float = knob(1e-3, "learning rate of phase 2", 0, 10)
+    warmup: float = knob(0.05, "share of a phase in which its learning rate rises from 0", 0, 1)
+    # Joint training: `single` and phase 3
+    single_epochs: int = knob(30, "length of `single`", 0, 10**6)
+    single_steps: int = knob(0, "the same in steps; 0: count epochs", 0, 10**9)
+    finetune_epochs: int = knob(3, "length of phase 3, 5-20 %% of phase 1; 0 skips it", 0, 10**6)
+    finetune_steps: int = knob(0, "the same in steps; 0: count epochs", 0, 10**9)
+    finetune_lr: float = knob(0.1, "phase 3's learning rates, as a factor on those of phases 1 and 2", 0, 10)
+    codebook_lr: float = knob(0.3, "the codebook's learning rate in joint training, as a factor on the VQ-VAE's", 0, 10)
+    lambda_xent: float = knob(0.5, "weight of the cross-entropy in the joint loss; 0.1 to 1", 0, 1000)
+    lambda_warmup: float = knob(0.3, "share of `single` with lambda 0, while the codes still move about", 0, 1)
+    lambda_ramp: float = knob(0.1, "share of `single` in which lambda rises to its full value", 0, 1)
+    tau: float = knob(0.5, "temperature of soft targets, in units of the mean squared quantization error", 1e-3, 1000)
+    # General
+    optimizer: str = knob("adam", "'muon': orthogonalized momentum for the iGPT's matrices, Adam for the rest",
+                          choices=("adam", "muon"))
+    clip: float = knob(1.0, "largest norm of the gradient", 0, 1e9)
+    value_range: str = knob("auto", "values of the pictures in the pickles", choices=("auto", "2bit", "8bit", "unit"))
+    seed: int = knob(0, "seed of weights, batches and noise", 0, 2**31)
+
+
+PRESETS = {
+    "full": {},
+    "laptop": dict(
+        vqvae_dim=64, vqvae_D=64, vqvae_K=512, attention=True, vqvae_steps=4000, vqvae_batch_size=32, vqvae_lr=2e-3,
+        vqvae_decay=True, dropout=0.0, igpt_steps=3000, igpt_batch_size=32, igpt_lr=2e-3, caption_weight=6.0,
+        copies=2, single_steps=4000, finetune_steps=400,
+    ),
+    "tiny": dict(
+        vqvae_dim=16, vqvae_D=16, vqvae_K=32, vqvae_steps=60, vqvae_batch_size=16, vqvae_lr=3e-3, d_model=32, n_heads=2,
+        n_layers=2, igpt_steps=60, igpt_batch_size=16, igpt_lr=3e-3, single_steps=80, finetune_steps=10,
+    ),
+}
+
+
+@dataclass
+class SamplingConfig:
+    """How a token is chosen. Library calls and the command line share these defaults."""
+
+    temperature: float = knob(1.0, "below 1: safer, above: wilder", 1e-3, 100)
+    top_k: int = knob(0, "only the k most likely tokens; 0: all", 0, 10**6)
+    top_p: float = knob(0.95, "only the most likely tokens that hold this share of the probability", 1e-6, 1)
+    greedy: bool = knob(False, "always the most likely token")
+    guidance: float = knob(1.0, "classifier-free guidance of pictures by their caption; 0: none", 0, 100)
+
+
+# --------------------------------------------------------------------------------------------------
+# Drawn digits: the embedded data set
+# --------------------------------------------------------------------------------------------------
+
+# The ways people write each digit.  A style is the path of the pen: points "xxyy" in per cent of
+# a box (x to the right, y DOWN), joined by a smooth curve in the order written.  "!" is a corner,
+# where the pen stops and turns; "/" lifts the pen; ";" ends a style.  All styles are equally
+# likely, so the commonest way to write a digit appears twice, a little changed.
+STROKES = [
+    # 0: round, open at the top, ends overlapping, with a tail
+    """5500 2512 1052 2688 5099 7688 9052 7612 5000; 4008 2028 1060 2288 5099 7888 9055 8020 6202;
+    6805 4003 1532 1265 4097 7890 9055 7818 5502 3512;
+    8500 5503 1830 1270 4599 8080 8842 7012 3515""",
+    # 1: plain, foot, flag, small flag, plain, bowed
+    """5000 5050 5099; 2822 5000! 5099 / 2598 7598; 2525 5500! 5550 5599; 4212 5200! 5050 5099;
+    4700 5050 5299; 5500 4830 4770 5399""",
+    # 2: straight base, wavy base, loop, flat loop, loop, tail up, z, wide loop, narrow, curled head
+    """1522 3005 6002 8020 7545 4575 1097! 5097 9097; 2030 3505 6505 7535 5070 1595! 4588 6595 9088;
+    1522 4503 7815 7040 3585 1893 1082 2575 5588 9594; 1520 4503 7220 5558 1588 1570 5075 9590;
+    2018 5000 7518 6550 3585 1896 1088 3080 6095 9580; 1010 5505 8510! 4555 1095! 5095 9590;
+    1522 4002 7508 7535 5570 2892 0885 2065 5072 7587 9299; 3012 4802 6015 5550 3595! 5595 7592;
+    4040 2032 2512 5503 7520 6045 3080 1596! 5096 9094""",
+    # 3: round, rolled foot, soft waist, flat top, looped waist, narrow tail
+    """1515 4002 7510 7835 4248! 8060 8285 4599 1088; 2510 5503 7025 4047! 7558 8080 5098 2092 0875;
+    1512 4502 7815 6538 4248 6052 8270 7592 4099 0888; 1503 5003 8003! 4040! 7552 8280 5598 0890;
+    1510 5000 8018 5545 3551 5048 8270 7093 3599 1088; 1512 5002 7508 4542! 7055 7080 5599""",
+    # 4: open, closed, open, closed, one line, low bar
+    """2500 2022 1545! 5048 8545 / 7505 7350 7099; 6500 4030 1065! 5065 9565 / 6500 6550 6599;
+    2002 1535 3052 5550 9042 / 8500 7550 7099; 7500 4525 2050! 5050 9045 / 7500 7250 6899;
+    1505 1242 3555 6550 8505! 7855 7599; 3000 2222 1060! 5058 9555 / 6030 5560 5099""",
+    # 5: cap last, straight tail, corners, closing, soft, small bowl, loose cap
+    """3005 2845 5038 8565 7092 4099 1090 / 3005 6005 9002; 9500 4510! 3540! 6050 6872 5088 0899;
+    8803 5503 2805! 2245! 5038 8465 7092 4099 1088; 7005 3010 2042! 5038 8055 7588 4599 1592 1572;
+    8502 5505 3015 2840 6050 8070 6595 3599 1090; 8505 4008 3030 4542 7050 7568 6085 3092 1085;
+    3510 2048! 5042 7560 7085 4598 1590 / 4010 6508 9500""",
+    # 6: curled, straight back, small bowl, rolled in, narrow, crossing
+    """7002 4020 1855 1585 4599 7885 7560 5048 2065; 6000 3535 1272 3098 6592 7868 5855 3062 1580;
+    5000 2540 1575 3098 6095 7575 6062 4068 2080; 3000 1230 0870 3098 7598 9575 8552 5555 4070 4588;
+    5500 4535 3575 4598 6095 6880 6068 4078; 8010 5502 2530 1070 4099 8085 7862 5052 1268 1585""",
+    # 7: plain, barred, plain, barred low, serif, wavy, narrow, square, round
+    """1008 5005 8808! 6050 4099; 1008 5005 8808! 6050 4599 / 3550 6048 8548;
+    1005 5005 9005! 6050 3599; 0808 4506 7508! 5850 5599 / 2058 5055 8552;
+    1225 1208! 5005 8805! 5550 4599; 0838 2014 3522 6018 9500! 6245 3599; 2510 4505 6505! 6050 5099;
+    1038 1808! 5002 8505! 8050 7599; 1015 4003 7503 8522 6560 5099""",
+    # 8: one line, two rings, open top, wide head, from below, s and back
+    """7515 5000 2512 2835 5050 8075 5099 2078 5048 7532 7515;
+    5000 2512 2535 5048 7535 7512 5000 / 5048 2065 1885 5099 8285 8065 5048;
+    8512 5000 2518 5045 7878 5099 2085 5055 8518; 8515 4502 1015 2538 5050 6280 4595 4068 8515;
+    2095 4055 7520 5001 2518 4548 8088 5099 2095; 8010 4503 2022 5047 7278 5099 2085 5045 8505""",
+    # 9: plain, hooked, bent tail, open, closing hook, curved stick, ring and stick, narrow, big ring
+    """8015 5002 2018 2042 4550 7540 8212! 8050 7599; 7812 4502 1825 3048 6545 8010! 8355 6592 2595;
+    8018 5503 2018 2042 5050 7835 8215 8250 7280 3598; 8805 5008 2035 3548 6540 8515! 6550 5099;
+    7815 5002 2822 4548 7815! 8055 7588 4599 2588 2875; 7005 3508 2028 3042 6035 7808! 7550 6099;
+    5500 2515 2542 5550 8035 8012 5500 / 8215 7850 7099; 6008 4502 3518 4535 6025 6510! 6050 5599;
+    7015 3502 0825 1058 4565 7548 8015! 8255 8899""",
+]
+DOTS = 96       # dots of ink along every path: under 0.7 pixel apart at 28 x 28, so no gaps show
+
+
+def style_curve(style):
+    """One style -> its points (K, 2) in 0..1, stroke number (K,), curve (2, D+1, K), inked (D,).
+
+    A cubic through K points is linear in those points, so a whole style is ONE matrix, and a
+    thousand wobbled copies cost one matrix product.  curve[0] turns sharply at "!", [1] softly.
+    """
+    words = [(word, i) for i, path in enumerate(style.split("/")) for word in path.split()]
+    points = np.array([[int(word[:2]), int(word[2:4])] for word, _ in words]) / 99      # (K, 2)
+    stroke = np.array([i for _, i in words])
+    down = stroke[1:] == stroke[:-1]                            # (K-1,) is the pen on the paper?
+    step = np.maximum(np.linalg.norm(np.diff(points, axis=0), axis=1), 1e-6)        # (K-1,)
+    # The pen's speed at a point is the mean of the slopes before and after it, and the nearer
+    # side weighs more: with plain means (Catmull-Rom) the curve swings out after long sides.
+    eye = np.eye(len(points))
+    pull = (eye[:, :-1] + eye[:, 1:]) * (down / step)           # (K, K-1) sides that touch a point
+    speed = pull @ ((eye[1:] - eye[:-1]) / step[:, None]) / pull.sum(1, keepdims=True)  # (K, K)
+    # Dots lie evenly along the path: side[d] is the side dot d is on, u how far along that side.
+    knot = np.concatenate([[0], np.cumsum(step * down)])        # pen travel up to each point
+    at = np.linspace(0, knot[-1], DOTS + 1)
+    side = np.minimum(np.searchsorted(knot, at, side="right") - 1, len(step) - 1)
+    u = (at - knot[side])[:, None] / step[side, None]           # (D+1, 1) in 0..1
+    # Hermite's cubic: both end points and both end speeds; at a sharp corner the speed is zero.
+    soft = np.array([[not word.endswith("!") for word, _ in words], [True] * len(words)])
+    curve = [eye[side] * (1 - u)**2 * (1 + 2*u) + eye[side + 1] * u**2 * (3 - 2*u)
+             + step[side, None] * u * (1 - u) * (v[side] * (1 - u) - v[side + 1] * u)
+             for v in soft[..., None] * speed]
+    # A hop from the end of one stroke to the start of the next is in the air: no ink.
+    return points, stroke, np.stack(curve), stroke[side[1:]] == stroke[side[:-1]]
+
+
+def write_style(style, n, rng):
+    """One style, n times: dots (n, D, 2) in the unit box, length each stands for (n, D)."""
+    points, stroke, curve, inked = style_curve(style)
+    sloppy = np.exp(rng.normal(-0.15, 0.45, (n, 1, 1)))         # a careful or a careless hand
+    # A power of x and of y keeps the box but moves waists and bars: big head, small foot ...
+    p = points ** np.exp(rng.normal(0, 0.16, (n, 1, 2)))        # (n, K, 2)
+    # Neighbours shake together (a 1-2-1 mean), or round bowls would come out as polygons; on
+    # top of that each stroke as a whole is a little out of place.
+    shake = np.pad(rng.normal(0, 0.045, p.shape), ((0, 0), (1, 1), (0, 0)), "edge")
+    p += sloppy * (shake[:, :-2] + 2 * shake[:, 1:-1] + shake[:, 2:]) / 4
+    p += sloppy * rng.normal(0, 0.03, (n, stroke[-1] + 1, 2))[:, stroke]
+    first = np.flatnonzero(np.diff(stroke, prepend=-1))         # where each stroke starts ...
+    last = np.append(first[1:], len(stroke)) - 1                # ... and stops: early or late
+    ends, inner = np.append(first, last), np.append(first + 1, last - 1)
+    p[:, ends] += rng.normal(0.03, 0.18, (n, len(ends), 1)) * (p[:, ends] - p[:, inner])
+    rounded = rng.beta(0.7, 1.2, (n, 1, 1))                     # 0: sharp corners, 1: soft ones
+    path = (1 - rounded) * (curve[0] @ p) + rounded * (curve[1] @ p)        # (n, D+1, 2)
+    hop = np.diff(path, axis=1)                                 # a dot sits mid-way along each hop
+    return path[:, 1:] - hop / 2, np.linalg.norm(hop, axis=2) * inked
+
+
+def place(dots, length, pen, size, rng):
+    """Warp, slant and turn the writing, then fit it as MNIST does: 20/28 of the side, centred by
+    mass.  In: dots (n, D, 2), length (n, D), pen radius (n, 1) in boxes; out: the same, in pixels.
+    """
+    n = len(dots)
+    d = dots - 0.5
+    for _ in range(2):                  # slow waves across the paper bend the figure as a whole
+        freq, phase = rng.normal(0, 4, (n, 2, 1)), rng.uniform(0, 2 * np.pi, (n, 1, 1))
+        d = d + rng.normal(0, 0.03, (n, 1, 2)) * np.sin(d @ freq + phase)   # (n, D, 2)
+    shear, turn = rng.normal(0.12, 0.25, (n, 1)), rng.normal(0, 0.1, (n, 1))
+    wide = np.exp(rng.normal(-0.05, 0.21, (n, 1)))
+    x, y = wide * d[..., 0] - shear * d[..., 1], d[..., 1]      # most hands lean to the right
+    d = np.stack([np.cos(turn) * x - np.sin(turn) * y, np.sin(turn) * x + np.cos(turn) * y], 2)
+    # The longer side of the ink fills the room; pen and path shrink together, as on paper, so
+    # that the loops of a sprawling figure do not clog.
+    room = size * 20 / 28 * rng.uniform(0.92, 1.02, (n, 1))
+    scale = room / (np.ptp(d, axis=1).max(1, keepdims=True) + 2 * pen)      # (n, 1) pixels a box
+    mass = (d * length[..., None]).sum(1) / length.sum(1, keepdims=True)    # (n, 2)
+    centre = size / 2 + rng.normal(0, size / 60, (n, 2))
+    return (d - mass[:, None]) * scale[..., None] + centre[:, None], length * scale, pen * scale
+
+
+def ink_dots(xy, length, pen, size, rng):
+    """Dots (n, D, 2), lengths (n, D), pen radius (n, 1), in pixels -> ink (n, size, size) uint8.
+
+    The sum of exp(-distance^2) over the dots is about exp(-nearest^2), and exp(-dx^2 - dy^2) is a
+    product, so how far every pixel is from the pen's path costs a matrix product and a log.
+    """
+    n, unit = len(xy), size / 28
+    xy, length, pen = (a.astype(np.float32) for a in (xy, length, pen))
+    # The pen presses unevenly: a slow wave along the path, and a little roughness of the edge.
+    t = rng.uniform(0, 6.3, (n, 1)) + rng.uniform(2, 9, (n, 1)) * np.linspace(0, 1, DOTS)
+    r = pen * (1 + rng.uniform(0, 0.22, (n, 1)) * np.sin(t) + rng.normal(0, 0.06, (n, DOTS)))
+    press = length / (unit * np.pi**0.5) * np.exp((r**2 - pen**2) / unit**2)        # (n, D)
+    grid = np.arange(size, dtype=np.float32)[:, None] + 0.5     # (size, 1) pixel centres
+    gx = np.exp(-((grid - xy[:, None, :, 0]) / unit)**2)        # (n, size, D)
+    gy = np.exp(-((grid - xy[:, None, :, 1]) / unit)**2) * press[:, None].astype(np.float32)
+    near = gy @ gx.transpose(0, 2, 1)   # (n, size, D) @ (n, D, size) -> (n, size, size)
+    distance = unit * np.sqrt(np.maximum(-np.log(np.maximum(near, 1e-30)), 0))
+    # Inside the pen's radius is ink; the ramp of about a pixel around it keeps edges smooth.
+    blur = np.minimum(rng.uniform(0.8, 1.8, (n, 1)) * unit, 2 * pen).astype(np.float32)
+    edge = np.clip(0.5 + (pen[..., None] - distance) / blur[..., None], 0, 1)
+    return (255 * edge * edge * (3 - 2 * edge) + 0.5).astype(np.uint8)
+
+
+def draw_digits(labels, size, rng):
+    """labels (N,) in 0..9, side in pixels, np Generator -> ink (N, size, size) uint8, 255 = ink."""
+    labels = np.asarray(labels)
+    ink = np.empty((len(labels), size, size), np.uint8)
+    for start in range(0, len(labels), 2000):                   # in parts, to bound the memory
+        digit = labels[start:start + 2000]
+        n = len(digit)
+        dots, length = np.zeros((n, DOTS, 2)), np.zeros((n, DOTS))
+        hand = rng.random(n)                                    # 0..1 chooses the style
+        for d, table in enumerate(STROKES):
+            styles = table.split(";")
+            for i, style in enumerate(styles):                  # one style at a time
+                who = np.flatnonzero((digit == d) & (np.floor(hand * len(styles)) == i))
+                if len(who):
+                    dots[who], length[who] = write_style(style, len(who), rng)
+        pen = np.clip(np.exp(rng.normal(-2.53, 0.27, (n, 1))), 0.04, 0.13)  # radius, in boxes
+        ink[start:start + n] = ink_dots(*place(dots, length, pen, size, rng), size, rng)
+    return ink
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Data: three sources, one result. Pictures stay uint8 until the moment they are batched: a quarter of the memory.
+# ------------------------------------------------------------------------------------------------------------------
+
+DIGITS = "zero one two three four five six seven eight nine".split()
+
+# The palette of the embedded set: hue (in [0,1) round the colour wheel) by shade (saturation, value).
+HUES = dict(red=0.0, orange=0.075, yellow=0.16, green=0.34, cyan=0.5, blue=0.63, purple=0.77, pink=0.9)
+SHADES = dict(light=(0.38, 1.0), plain=(1.0, 0.95), dark=(1.0, 0.5))
+
+
+@dataclass
+class Pairs:
+    """What every source delivers. Images are uint8 (N,H,W,3) in 0..255; captions are lists of str.
+
+    The vqvae_* pictures may be others than those of the pairs (the notes use two files).
+    """
+
+    train_images: np.ndarray
+    test_images: np.ndarray
+    train_captions: list
+    test_captions: list
+    vqvae_train: np.ndarray
+    vqvae_test: np.ndarray
+    source: str
+
+
+def palette():
+    """Names 'light red', ... (24) and their RGB values, uint8 (24,3)."""
+    names, values = [], []
+    for shade, (saturation, value) in SHADES.items():
+        for hue_name, hue in HUES.items():
+            # HSV to RGB, one channel each for n = 5, 3, 1 (the closed form from the HSV article of Wikipedia)
+            k = (np.array([5, 3, 1]) + hue * 6) % 6
+            rgb = value - value * saturation * np.clip(np.minimum(k, 4 - k), 0, 1)
+            names.append(f"{shade} {hue_name}")
+            values.append(np.round(255 * rgb))
+    return names, np.array(values, np.uint8)
+
+
+def colorize(ink, labels, rng):
+    """Colour grey digits and caption them: 'dark red seven on light blue'.
+
+    ink uint8 (N,H,W), 0 = paper and 255 = ink; labels (N,) 0..9 -> images uint8 (N,H,W,3), captions (N,) str.
+    """
+    names, values = palette()
+    far = np.abs(values[:, None].astype(int) - values[None]).sum(-1) > 150  # (24,24): legible on each other?
+    fore = rng.integers(len(names), size=len(ink))
+    back = np.array([rng.choice(np.flatnonzero(far[f])) for f in fore])
+    images = np.empty((*ink.shape, 3), np.uint8)
+    for i in range(0, len(ink), 1000):  # in chunks: the float pictures are 12 times the size of the grey ones
+        alpha = ink[i : i + 1000, ..., None] / np.float32(255)
+        a, b = (values[c[i : i + 1000]][:, None, None].astype(np.float32) for c in (fore, back))  # (n,1,1,3)
+        images[i : i + 1000] = np.round(b + (a - b) * alpha)
+    captions = [f"{names[f]} {DIGITS[d]} on {names[b]}" for f, d, b in zip(fore, labels, back)]
+    return images, np.array(captions)
+
+
+def make_drawn(n_train, n_test, size, seed):
+    """The embedded data set: digits drawn from pen strokes, coloured, captioned. Same arguments, same bytes.
+
+    Returns the four arrays of drawn.npz: train_images, test_images uint8 (N,size,size,3), train_captions,
+    test_captions (N,) unicode.
+    """
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(10, size=n_train + n_test)
+    images, captions = colorize(draw_digits(labels, size, rng), labels, rng)
+    return dict(
+        train_images=images[:n_train], test_images=images[n_train:],
+        train_captions=captions[:n_train], test_captions=captions[n_train:],
+    )
+
+
+class SafeUnpickler(pickle.Unpickler):
+    """Unpickles arrays, lists, tuples, dicts, strings and numbers, and nothing that could run code.
+
+    A pickle is a program: it may name any importable function and call it. So find_class, the one door to names,
+    knows a fixed list (NumPy's array constructors under their old and new module paths) and refuses the rest.
+    """
+
+    ALLOWED = {"_reconstruct", "scalar", "ndarray", "dtype", "_frombuffer", "encode"}
+    MODULES = {"numpy", "numpy.core.multiarray", "numpy._core.multiarray", "numpy.core.numeric",
+               "numpy._core.numeric", "_codecs"}
+
+    def find_class(self, module, name):
+        """The object called `name` in `module`; raises InputError unless a data set needs it."""
+        if module not in self.MODULES or name not in self.ALLOWED:
+            raise InputError(f"the pickle asks for {module}.{name}, which no picture data needs: refused")
+        if np.__version__ < "2":  # files written by NumPy 2 name numpy._core, which NumPy 1 calls numpy.core
+            module = module.replace("numpy._core", "numpy.core")
+        return super().find_class(module, name)
+
+
+def unpickle(path):
+    """The content of a pickle of arrays and captions. Raises InputError for a file that is broken or hostile."""
+    try:
+        with open(path, "rb") as file:
+            return SafeUnpickler(file).load()
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # a damaged pickle can raise almost anything
+        raise InputError(f"{path}: not a readable pickle ({type(error).__name__}: {error})") from None
+
+
+def to_uint8(images, name="images", value_range="auto"):
+    """Bring pictures of any accepted value range to uint8 0..255.
+
+    images (N,H,W,3): integers {0..3} (two bits a channel) or 0..255, or floats in [0,1]. value_range is 'auto' (look
+    at the largest value), '2bit', '8bit' or 'unit'. Returns (uint8 array, the name of the range). Raises InputError
+    for anything else: wrong shape, H or W not divisible by 4, values outside the range, NaN.
+    """
+    images = np.asarray(images)
+    if images.ndim != 4 or images.shape[3] != 3 or images.dtype.kind not in "uif":
+        raise InputError(f"{name}: want numbers of shape (N,H,W,3), found {images.dtype} {images.shape}")
+    if not len(images) or images.shape[1] % 4 or images.shape[2] % 4 or 0 in images.shape:
+        raise InputError(f"{name}: want at least one picture with H and W divisible by 4, found {images.shape}")
+    low, high = images.min(), images.max()
+    if value_range == "auto":
+        value_range = "unit" if images.dtype.kind == "f" and high <= 1 else "2bit" if high <= 3 else "8bit"
+    limit = {"2bit": 3, "8bit": 255, "unit": 1}[value_range]
+    if not (low >= 0 and high <= limit):  # written so that NaN fails, too
+        raise InputError(f"{name}: values from {low} to {high} do not fit {value_range} (0 to {limit})")
+    if value_range == "8bit" and images.dtype == np.uint8:
+        return images, value_range
+    out = np.empty(images.shape, np.uint8)
+    for i in range(0, len(images), 1000):  # chunks, so that no float copy of the whole set is made
+        out[i : i + 1000] = np.round(images[i : i + 1000] * np.float32(255 / limit))
+    return out, value_range
+
+
+def normalize_images(images, method="vqvae", value_range="auto"):
+    """Pictures (N,H,W,3) in any accepted value range -> float tensor (N,3,H,W), in [-1,1] for method 'vqvae'
+    and [0,1] for method 'unit'. Raises InputError as to_uint8 does."""
+    if method not in ("vqvae", "unit"):
+        raise InputError(f"unknown method {method!r}: 'vqvae' gives [-1,1], 'unit' gives [0,1]")
+    pictures = to_uint8(images, value_range=value_range)[0]
+    x = torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float()
+    return x / 127.5 - 1 if method == "vqvae" else x / 255
+
+
+def denormalize(x):
+    """Float tensor (N,3,H,W) in [-1,1] -> uint8 array (N,H,W,3) in 0..255."""
+    return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def load_pickled_data(path, value_range="auto", log=None):
+    """mnist_colored.pkl: a dict with 'train' and 'test' -> two uint8 arrays (N,H,W,3) in 0..255."""
+    data = unpickle(path)
+    if not isinstance(data, dict) or not {"train", "test"} <= data.keys():
+        raise InputError(f"{path}: want a dict with 'train' and 'test', found {type(data).__name__}")
+    return tuple(_pictures(data[part], f"{path}: {part}", value_range, log) for part in ("train", "test"))
+
+
+def load_colored_mnist_text(path, value_range="auto", log=None):
+    """colored_mnist_with_text.pkl -> train_images, test_images uint8 (N,H,W,3) 0..255, train_texts, test_texts.
+
+    The file holds a 4-tuple in that order or a dict with those four keys. Raises InputError for anything else.
+    """
+    data = unpickle(path)
+    keys = ("train_images", "test_images", "train_texts", "test_texts")
+    if isinstance(data, dict) and set(keys) <= data.keys():
+        data = tuple(data[k] for k in keys)
+    if not isinstance(data, (tuple, list)) or len(data) != 4:
+        raise InputError(f"{path}: want a 4-tuple or a dict with {', '.join(keys)}, found {type(data).__name__}")
+    images = [_pictures(data[i], f"{path}: {keys[i]}", value_range, log) for i in (0, 1)]
+    texts = [_captions(data[i + 2], images[i], f"{path}: {keys[i + 2]}") for i in (0, 1)]
+    return *images, *texts
+
+
+def _pictures(images, name, value_range, log):
+    if not isinstance(images, np.ndarray):
+        raise InputError(f"{name}: want a NumPy array (N,H,W,3), found {type(images).__name__}")
+    pictures, found = to_uint8(images, name, value_range)
+    if log:
+        log(f"{name}: {pictures.shape}, values {found}")
+    return pictures
+
+
+def _captions(texts, images, name):
+    try:
+        texts = [str(t) if isinstance(t, str) else None for t in texts]  # np.str_ is a str, too
+    except TypeError:
+        raise InputError(f"{name}: want a list of captions, found {type(texts).__name__}") from None
+    if None in texts:
+        raise InputError(f"{name}: caption {texts.index(None)} is no text")
+    if len(texts) != len(images):
+        raise InputError(f"{name}: {len(texts)} captions for {len(images)} pictures")
+    return texts
+
+
+def read_idx(path):
+    """A raw MNIST file, .gz or not -> uint8 array of the shape its header states (yann.lecun.com/exdb/mnist)."""
+    try:
+        raw = (gzip.open if str(path).endswith(".gz") else open)(path, "rb").read()
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{path}: cannot be read ({error})") from None
+    # Header: two zero bytes, the type (8 = uint8), the number of axes, then each length as big-endian 32 bits
+    axes = raw[3] if len(raw) > 3 else 0
+    if raw[:3] != b"\0\0\x08" or axes not in (1, 3) or len(raw) < 4 + 4 * axes:
+        raise InputError(f"{path}: not an IDX file of bytes")
+    shape = struct.unpack(f">{axes}I", raw[4 : 4 + 4 * axes])
+    if math.prod(shape) != len(raw) - 4 - 4 * axes or 0 in shape:
+        raise InputError(f"{path}: the header promises {shape}, the file holds {len(raw) - 4 - 4 * axes} bytes")
+    return np.frombuffer(raw, np.uint8, offset=4 + 4 * axes).reshape(shape)
+
+
+def load_mnist(folder, seed=0):
+    """The four raw MNIST files in a folder, coloured and captioned by us -> the four arrays of drawn.npz."""
+    arrays, rng = {}, np.random.default_rng(seed)
+    for part, prefix in (("train", "train"), ("test", "t10k")):
+        found = []
+        for kind in ("images-idx3-ubyte", "labels-idx1-ubyte"):
+            names = [f"{prefix}-{kind}", f"{prefix}-{kind.replace('-idx', '.idx')}"]
+            paths = [p for n in names for p in (folder / n, folder / f"{n}.gz") if p.exists()]
+            if not paths:
+                raise InputError(f"{folder}: no {names[0]} (or .gz)")
+            found.append(read_idx(paths[0]))
+        ink, labels = found
+        if ink.ndim != 3 or labels.ndim != 1 or len(ink) != len(labels) or labels.max() > 9:
+            raise InputError(f"{folder}: the {part} pictures {ink.shape} and labels {labels.shape} do not match")
+        arrays[f"{part}_images"], arrays[f"{part}_captions"] = colorize(ink, labels, rng)
+    return arrays
+
+
+def load_data(folder, value_range="auto", log=print):
+    """The data of a folder as Pairs: the two pickles, else raw MNIST in mnist/, else drawn.npz.
+
+    Raises InputError when there is none, when the pictures have unlike sizes, and whenever the readers above do.
+    """
+    folder = Path(folder)
+    pairs_file, vqvae_file = folder / "colored_mnist_with_text.pkl", folder / "mnist_colored.pkl"
+    if pairs_file.exists():
+        tri, tei, trc, tec = load_colored_mnist_text(pairs_file, value_range, log)
+        vqvae = load_pickled_data(vqvae_file, value_range, log) if vqvae_file.exists() else (tri, tei)
+        data = Pairs(tri, tei, trc, tec, *vqvae, pairs_file.name)
+    elif (folder / "mnist").is_dir():
+        data = _pairs(load_mnist(folder / "mnist"), folder / "mnist", log)
+    elif (folder / "drawn.npz").exists():
+        try:
+            with np.load(folder / "drawn.npz", allow_pickle=False) as file:
+                arrays = dict(file)
+        except (OSError, ValueError, EOFError, KeyError, zlib.error, zipfile.BadZipFile) as error:
+            raise InputError(f"{folder / 'drawn.npz'}: cannot be read ({error})") from None
+        data = _pairs(arrays, folder / "drawn.npz", log)
+    else:
+        raise InputError(f"no data in {folder}: `mmgen.py data --data {folder}` draws some")
+    sizes = {a.shape[1:] for a in (data.train_images, data.test_images, data.vqvae_train, data.vqvae_test)}
+    if len(sizes) > 1:
+        raise InputError(f"{folder}: the pictures have unlike sizes: {sorted(sizes)}")
+    return data
+
+
+def _pairs(arrays, name, log):
+    missing = {"train_images", "test_images", "train_captions", "test_captions"} - arrays.keys()
+    if missing:
+        raise InputError(f"{name}: lacks {', '.join(sorted(missing))}")
+    images = [_pictures(arrays[f"{p}_images"], f"{name}: {p}_images", "8bit", log) for p in ("train", "test")]
+    texts = [_captions(arrays[f"{p}_captions"], i, f"{name}: {p}_captions") for p, i in zip(("train", "test"), images)]
+    return Pairs(*images, *texts, *images, Path(name).name)
+
+
+def random_affine(x, shift=0.07, angle=0.15, zoom=0.1):
+    """Shift (share of the side), turn (radians) and zoom each picture (B,3,H,W) a little, at random.
+
+    Mild enough for any picture: nothing is mirrored, no colour changes, the border is continued outwards.
+    """
+    B = len(x)
+    turn, scale, move = angle * torch.randn(B), 1 + zoom * torch.randn(B), 2 * shift * torch.randn(B, 2)
+    cos, sin = scale * turn.cos(), scale * turn.sin()
+    theta = torch.stack([cos, -sin, move[:, 0], sin, cos, move[:, 1]], 1).view(B, 2, 3).to(x)
+    grid = F.affine_grid(theta, x.shape, align_corners=False)
+    return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
+
+
+class Pictures(Dataset):
+    """uint8 pictures (N,H,W,3) that become float tensors (B,3,H,W) in [-1,1] only when a batch is asked for."""
+
+    def __init__(self, images, text_ids=None):
+        self.images = torch.from_numpy(np.ascontiguousarray(images))  # (N,H,W,3) uint8
+        self.text_ids = text_ids  # (N,L+1) int64 or None: with them a batch is (pictures, text ids)
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, rows):
+        x = self.images[rows].movedim(-1, -3).float() / 127.5 - 1
+        return x if self.text_ids is None else (x, self.text_ids[rows])
+
+
+class BatchOrder(Sampler):
+    """Batches of row numbers that depend on (seed, step) alone, so that a run can be resumed at any step.
+
+    A plain RandomSampler hides its position in the generator's state. Here step s is batch s % per_epoch of the
+    permutation number s // per_epoch. One pass of the loader is `steps` batches (default: the whole set), and
+    set_epoch(e), the call torch's DistributedSampler has, moves to pass e; `skip` drops its first batches.
+    """
+
+    def __init__(self, n_rows, batch_size, shuffle=True, seed=0, steps=None, total=None):
+        self.n_rows, self.batch_size, self.shuffle, self.seed = n_rows, batch_size, shuffle, seed
+        self.per_epoch = -(-n_rows // batch_size)
+        self.steps = steps or self.per_epoch
+        self.total = total or sys.maxsize  # the last pass stops here: 15 steps in passes of 2 end after 15
+        self.epoch, self.skip = 0, 0
+
+    def __len__(self):
+        return self.steps
+
+    def set_epoch(self, epoch, skip=0):
+        """Make the next iteration pass number `epoch`, without its first `skip` batches."""
+        self.epoch, self.skip = epoch, skip
+
+    def __iter__(self):
+        first, known = self.epoch * self.steps, None
+        for step in range(first + self.skip, min(first + self.steps, self.total)):
+            epoch, batch = divmod(step, self.per_epoch)
+            if epoch != known:
+                generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+                order = torch.randperm(self.n_rows, generator=generator) if self.shuffle else torch.arange(self.n_rows)
+                known = epoch
+            yield order[batch * self.batch_size : (batch + 1) * self.batch_size]
+
+
+def make_loader(dataset, batch_size, shuffle=True, seed=0, steps=None, total=None):
+    """A DataLoader whose sampler hands whole batches of rows to the data set: batch_size=None stops it from
+    fetching 128 single pictures and stacking them again, which costs more than the model's small layers."""
+    return DataLoader(dataset, sampler=BatchOrder(len(dataset), batch_size, shuffle, seed, steps, total), batch_size=None)
+
+
+class DataProcessor:
+    """The notes' name for the step from arrays to loaders."""
+
+    @staticmethod
+    def prepare_vqvae_data(train_data, test_data, batch_size=128, seed=0):
+        """Two arrays of pictures (N,H,W,3) in any accepted range -> train and test loaders of (B,3,H,W) in [-1,1]."""
+        train, test = (Pictures(to_uint8(d)[0]) for d in (train_data, test_data))
+        return make_loader(train, batch_size, seed=seed), make_loader(test, batch_size, shuffle=False)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Tokenizer: one vocabulary for codes, words and marks
+# ------------------------------------------------------------------------------------------------------------------
+
+
+class Tokenizer:
+    """Words to token ids and back. Ids 0..K-1 are picture codes; then the sorted words, EOT, EOI, BOS, PAD.
+
+    The specials stand last, and PAD last of all, so that code that sees only a vocabulary size V can find them; the
+    words are followed by EOT, so that "a word or the end of the caption" is one contiguous range of ids.
+
+    texts: the training captions. n_embeddings: K of the VQ-VAE. Raises InputError for no words at all.
+    """
+
+    SPECIALS = ("<eot>", "<eoi>", "<bos>", "<pad>")  # at V-4, V-3, V-2, V-1
+
+    def __init__(self, texts, n_embeddings):
+        split = [t.split() for t in texts]
+        self.words = sorted({w for words in split for w in words})  # sorted: the same ids in every process
+        if not self.words:
+            raise InputError("the captions hold no words")
+        self.n_embeddings = n_embeddings
+        self.caption_length = max(map(len, split))  # L
+        self.all_words = self.words + list(self.SPECIALS)
+        self.vocab_size = n_embeddings + len(self.all_words)
+        self.word_to_id = {w: n_embeddings + i for i, w in enumerate(self.words)}
+        self.end_of_text_token, self.end_of_image_token, self.bos_token, self.pad_token = range(
+            self.vocab_size - 4, self.vocab_size
+        )
+        # The ids each span may hold, as ranges [low, high): what sampling is restricted to
+        self.image_span = (0, n_embeddings)
+        self.text_span = (n_embeddings, self.end_of_text_token + 1)
+        self.start_span = (self.end_of_text_token, self.end_of_image_token + 1)
+
+    def text_encode(self, text):
+        """A caption -> its word ids, int64 (number of words,), without specials. Raises InputError for an empty text,
+        more than L words, or a word no training caption had (naming the nearest one it knows)."""
+        words = text.split()
+        for word in words:
+            if word not in self.word_to_id:
+                near = difflib.get_close_matches(word, self.words, n=1, cutoff=0.0)[0]
+                raise InputError(f"unknown word {word!r} in {text!r}: did you mean {near!r}?")
+        if not 1 <= len(words) <= self.caption_length:
+            raise InputError(f"{text!r} has {len(words)} words; a caption has 1 to {self.caption_length}")
+        return torch.tensor([self.word_to_id[w] for w in words])
+
+    def text_decode(self, tokens):
+        """Token ids (a tensor or a list of ints) -> the caption they spell: words up to the first EOT."""
+        words = []
+        for token in map(int, tokens):
+            if token == self.end_of_text_token:
+                break
+            if self.n_embeddings <= token < self.end_of_text_token:
+                words.append(self.words[token - self.n_embeddings])
+        return " ".join(words)
+
+    def check(self, texts):
+        """Raise InputError if a caption has a word or a length the vocabulary was not made for."""
+        for text in set(texts):
+            self.text_encode(text)
+
+    def encode_batch(self, texts):
+        """Captions -> int64 (B,L+1): the words, one EOT, and PAD up to the length of the longest."""
+        ids = torch.full((len(texts), self.caption_length + 1), self.pad_token)
+        for row, text in zip(ids, texts):
+            words = self.text_encode(text)
+            row[: len(words)] = words
+            row[len(words)] = self.end_of_text_token
+        return ids
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# VQ-VAE: picture (B,3,H,W) -> features z_e (B,D,h,w) -> nearest codes z_q (B,D,h,w) -> picture (B,3,H,W)
+# ------------------------------------------------------------------------------------------------------------------
+
+
+class VectorQuantizer(nn.Module):
+    """The codebook: K vectors of length D, and the search for the nearest (van den Oord et al. 2017).
+
+    ema=None: the codebook learns by gradient, through the codebook term of compute_loss. ema in (0,1): each code is a
+    moving average of the features assigned to it, with this decay, and `weight` gets no gradient. restart: in training,
+    a code not chosen for about this many batches is moved onto a random feature of the batch (0: never).
+    """
+
+    def __init__(self, K, D, ema=None, restart=100):
+        super().__init__()
+        self.K, self.D, self.ema, self.restart = K, D, ema, restart
+        self.weight = nn.Parameter(torch.empty(K, D).uniform_(-1 / K, 1 / K), requires_grad=ema is None)
+        # Statistics travel in the checkpoint, so a resumed run goes on as if it had never stopped
+        self.register_buffer("initialized", torch.tensor(False))
+        self.register_buffer("idle", torch.zeros(K))  # batches since each code was last chosen
+        self.register_buffer("ema_count", torch.ones(K))
+        self.register_buffer("ema_sum", self.weight.detach().clone())
+
+    def distances(self, flat):
+        """|z-e|^2 less the |z|^2 that is the same for every code: features (M,D) -> (M,K)."""
+        return torch.addmm(self.weight.square().sum(1), flat, self.weight.t(), alpha=-2)
+
+    def forward(self, z_e):
+        """z_e (B,D,h,w) -> z_q (B,D,h,w), whose gradient goes to the codebook, and token ids int64 (B,h,w)."""
+        B, D, h, w = z_e.shape
+        flat = z_e.movedim(1, -1).reshape(-1, D)  # (B*h*w, D)
+        with torch.no_grad():
+            if self.training and not self.initialized:
+                self._replace(torch.ones(self.K, dtype=torch.bool, device=flat.device), flat)
+                self.initialized.fill_(True)
+            tokens = self.distances(flat).argmin(1)  # (B*h*w,)
+            if self.training and (self.restart or self.ema):
+                self._track(flat, tokens)
+        z_q = F.embedding(tokens, self.weight).view(B, h, w, D).movedim(-1, 1)  # (B,D,h,w)
+        return z_q, tokens.view(B, h, w)
+
+    def _track(self, flat, tokens):
+        """Restart what is dead, and in EMA mode move the codes (appendix A of the paper)."""
+        count = torch.bincount(tokens, minlength=self.K).float()  # (K,)
+        self.idle.add_(1).masked_fill_(count > 0, 0)
+        if self.ema:
+            total = torch.zeros_like(self.ema_sum).index_add_(0, tokens, flat)  # (K,D)
+            self.ema_count.lerp_(count, 1 - self.ema)
+            self.ema_sum.lerp_(total, 1 - self.ema)
+            # A code with almost no mass keeps its place: its mean would be a ratio of two rounding errors
+            keep = self.ema_count < 1e-3
+            mean = self.ema_sum / self.ema_count.clamp(min=1e-3)[:, None]
+            self.weight.copy_(torch.where(keep[:, None], self.weight, mean))
+        if self.restart:
+            dead = self.idle > self.restart
+            if dead.any():
+                self._replace(dead, flat)
+
+    def _replace(self, which, flat):
+        """Put the codes of a mask (K,) onto random features, a little off so that no two codes are the same."""
+        rows = torch.randint(len(flat), (int(which.sum()),), device=flat.device)
+        fresh = flat[rows] + 0.01 * flat.std() * torch.randn_like(flat[rows])
+        self.weight[which] = fresh
+        self.ema_sum[which], self.ema_count[which], self.idle[which] = fresh, 1.0, 0.0
+
+
+class ResidualBlock(nn.Module):
+    """x + conv1x1(relu(conv3x3(relu(x)))), the block of the VQ-VAE paper. (B,C,h,w) -> (B,C,h,w)."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.net = nn.Sequential(nn.ReLU(), nn.Conv2d(dim, dim, 3, 1, 1), nn.ReLU(), nn.Conv2d(dim, dim, 1))
+
+    def forward(self, x):
+        """(B,C,h,w) -> the same shape."""
+        return x + self.net(x)
+
+
+class GridAttention(nn.Module):
+    """One self-attention layer over the h*w cells of the latent grid, added to its input. (B,C,h,w) -> (B,C,h,w).
+
+    3x3 convolutions see a neighbourhood; the ground colour and the slant of a digit concern the whole picture. With
+    one global look on each side a token need not repeat what all its neighbours know.
+    """
+
+    def __init__(self, dim, n_heads=4):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.attention = SelfAttention(dim, n_heads)
+
+    def forward(self, x):
+        """(B,C,h,w) -> the same shape."""
+        cells = x.flatten(2).transpose(1, 2)  # (B, h*w, C)
+        return x + self.attention(self.norm(cells)).transpose(1, 2).view_as(x)
+
+
+class VQVAE(nn.Module):
+    """Pictures to tokens and back. VQVAE(dim=256, K=128, D=256) is the configuration of the original notes.
+
+    dim: channels of encoder and decoder. K: codes. D: length of a code (1x1 convolutions adapt it if it is not dim).
+    attention: add a GridAttention on each side. size: (H, W) of the pictures, only needed to fold a flat row of
+    tokens. ema, restart: see VectorQuantizer.
+    """
+
+    def __init__(self, dim=256, K=128, D=256, attention=False, size=(28, 28), ema=None, restart=100):
+        super().__init__()
+        if size[0] % 4 or size[1] % 4:
+            raise InputError(f"picture size {size}: height and width must be divisible by 4")
+        self.n_embeddings, self.size = K, tuple(size)
+        look = [GridAttention(dim)] if attention else []
+        adapt_in, adapt_out = ([nn.Conv2d(dim, D, 1)], [nn.Conv2d(D, dim, 1)]) if D != dim else ([], [])
+        self.encoder = nn.Sequential(
+            nn.Conv2d(3, dim, 4, 2, 1),  # (B,dim,H/2,W/2)
+            nn.ReLU(),
+            nn.Conv2d(dim, dim, 4, 2, 1),  # (B,dim,h,w)
+            ResidualBlock(dim), *look, ResidualBlock(dim), *adapt_in,
+        )
+        self.codebook = VectorQuantizer(K, D, ema, restart)
+        look = [GridAttention(dim)] if attention else []
+        self.decoder = nn.Sequential(
+            *adapt_out, ResidualBlock(dim), *look, ResidualBlock(dim),
+            nn.ReLU(),
+            nn.ConvTranspose2d(dim, dim, 4, 2, 1),  # (B,dim,H/2,W/2)
+            nn.ReLU(),
+            nn.ConvTranspose2d(dim, 3, 4, 2, 1),  # (B,3,H,W)
+        )
+
+    @property
+    def grid(self):
+        """(h, w) of the token grid."""
+        return self.size[0] // 4, self.size[1] // 4
+
+    def forward(self, x):
+        """x (B,3,H,W) in [-1,1] -> z_e (B,D,h,w), z_q (B,D,h,w), recon_x (B,3,H,W)."""
+        z_e = self.encoder(x)
+        z_q, _ = self.codebook(z_e)
+        return z_e, z_q, self.reconstruct(z_e, z_q)
+
+    def reconstruct(self, z_e, z_q):
+        """Decode z_q, passing the decoder's gradient straight through to z_e (Bengio et al. 2013)."""
+        return self.decoder(z_e + (z_q - z_e).detach())
+
+    @torch.no_grad()
+    def get_tokens(self, x):
+        """Pictures (B,3,H,W) in [-1,1] -> token ids int64 (B,h,w). Changes nothing, in training mode neither."""
+        z_e = self.encoder(x).movedim(1, -1)  # (B,h,w,D)
+        return self.codebook.distances(z_e.flatten(0, 2)).argmin(1).view(z_e.shape[:3])
+
+    def decode_tokens(self, tokens):
+        """Token ids (B,h,w), or flat (B,h*w), -> pictures (B,3,H,W). Raises InputError for an id that is no code."""
+        if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.n_embeddings:
+            raise InputError(f"picture tokens must be in 0..{self.n_embeddings - 1}")
+        if tokens.dim() == 2:
+            h, w = self.grid
+            if tokens.shape[1] != h * w:  # not the size we were told: a square grid is the best guess
+                h = w = math.isqrt(tokens.shape[1])
+            tokens = tokens.view(-1, h, w)
+        return self.decoder(F.embedding(tokens, self.codebook.weight).movedim(-1, 1))
+
+
+def compute_loss(x, recon_x, z_e, z_q, beta=0.25):
+    """The VQ-VAE's loss: reconstruction + codebook + beta * commitment, each a mean over all elements.
+
+    x, recon_x (B,3,H,W); z_e, z_q (B,D,h,w) as VQVAE.forward returns them -> scalar.
+    The codebook term pulls codes to features, the commitment term features to codes: so each detaches the OTHER side
+    (equation 3 of van den Oord et al. 2017; the notes detach z_q in both).
+    """
+    return F.mse_loss(recon_x, x) + F.mse_loss(z_q, z_e.detach()) + beta * F.mse_loss(z_e, z_q.detach())
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# iGPT: a causal transformer over picture tokens and words, with a KV cache
+# ------------------------------------------------------------------------------------------------------------------
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far: two tensors (layers, B, heads, length, head_dim), allocated once.
+
+    Memory: 2 * layers * B * length * d_model * 4 bytes. The cache does not know how full it is: whoever writes says
+    at which position. `pad` int64 (B,) or None: how many columns at the left of each row are padding, for prompts of
+    unlike length in one batch.
+    """
+
+    def __init__(self, n_layers, batch, n_heads, length, head_dim, device=None, pad=None):
+        shape = (n_layers, batch, n_heads, length, head_dim)
+        self.k, self.v, self.pad = torch.zeros(shape, device=device), torch.zeros(shape, device=device), pad
+
+    def write(self, layer, position, k, v):
+        """Store k, v (B,heads,T,head_dim) at columns position..position+T; return all columns up to there."""
+        end = position + k.shape[2]
+        self.k[layer, :, :, position:end] = k
+        self.v[layer, :, :, position:end] = v
+        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention (Vaswani et al. 2017). (B,T,d) -> (B,T,d); causal only if the caller says so."""
+
+    def __init__(self, d_model, n_heads):
+        super().__init__()
+        if d_model % n_heads:
+            raise InputError(f"width {d_model} is not divisible by {n_heads} heads")
+        self.n_heads = n_heads
+        self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)  # one product instead of three
+        self.out = nn.Linear(d_model, d_model, bias=False)
+
+    def forward(self, x, causal=False, mask=None, cached=None):
+        """x (B,T,d). mask bool (B or 1,1,T,columns): True where a query may look. cached: a function that stores
+        the new k, v and returns those of all columns."""
+        B, T, d = x.shape
+        # (B,T,3d) -> (B,T,3,heads,head_dim) -> (3,B,heads,T,head_dim) -> three of (B,heads,T,head_dim)
+        q, k, v = self.qkv(x).view(B, T, 3, self.n_heads, d // self.n_heads).permute(2, 0, 3, 1, 4).unbind(0)
+        if cached:
+            k, v = cached(k, v)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal and mask is None)
+        return self.out(y.transpose(1, 2).reshape(B, T, d))
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x)). (B,T,d) -> (B,T,d)."""
+
+    def __init__(self, d_model, n_heads, dropout):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(d_model), nn.LayerNorm(d_model)
+        self.attention = SelfAttention(d_model, n_heads)
+        self.mlp = nn.Sequential(nn.Linear(d_model, 4 * d_model), nn.GELU(), nn.Linear(4 * d_model, d_model))
+        self.dropout = dropout
+
+    def forward(self, x, causal=True, mask=None, cached=None):
+        """x (B,T,d) -> (B,T,d)."""
+        x = x + F.dropout(self.attention(self.norm1(x), causal, mask, cached), self.dropout, self.training)
+        return x + F.dropout(self.mlp(self.norm2(x)), self.dropout, self.training)
+
+
+class iGPT(nn.Module):
+    """Next-token logits over the joint vocabulary: tokens int64 (B,T) -> (B,T,V).
+
+    vocab_size: V = K codes + len(Tokenizer.all_words). context_length: the longest sequence. codebook (K,D), optional:
+    the VQ-VAE's codebook.weight. With it a code's embedding and output row are its own vector plus a learned linear
+    map of the standardized code vector: codes that look alike share what is learned about one of them, and gradient can
+    reach the codebook. It is referred to, not owned: it is not among parameters(), nor in state_dict().
+    """
+
+    def __init__(self, vocab_size, context_length, d_model=128, n_heads=4, n_layers=4, dropout=0.1, codebook=None):
+        super().__init__()
+        self.vocab_size, self.context_length, self.n_heads = vocab_size, context_length, n_heads
+        self.embedding = nn.Embedding(vocab_size, d_model)
+        # A token's place is its distance from the last mark (EOT, BOS / EOI), whatever came before: the top left cell
+        # of a picture has one place in both orders, so what is learned about pictures in one holds in the other.
+        self.places = nn.Embedding(2 * context_length, d_model)
+        self.blocks = nn.ModuleList(Block(d_model, n_heads, dropout) for _ in range(n_layers))
+        self.norm = nn.LayerNorm(d_model)
+        self.head = nn.Linear(d_model, vocab_size, bias=False)
+        self._codebook = (codebook,)  # in a tuple, where nn.Module does not look for parameters
+        if codebook is not None:
+            self.code_in = nn.Linear(codebook.shape[1], d_model, bias=False)
+            self.code_out = nn.Linear(codebook.shape[1], d_model, bias=False)
+        for p in self.parameters():  # GPT-2's initialization
+            if p.dim() > 1:
+                nn.init.normal_(p, std=0.02)
+        for block in self.blocks:  # the residual stream sums 2 * layers branches: start with the sum's scale at one
+            for layer in (block.attention.out, block.mlp[2]):
+                nn.init.normal_(layer.weight, std=0.02 / math.sqrt(2 * n_layers))
+
+    def tables(self):
+        """The embedding table and the output matrix, both (V,d), with the codebook's share where there is one."""
+        codebook = self._codebook[0]
+        if codebook is None:
+            return self.embedding.weight, self.head.weight
+        codes = (codebook - codebook.mean(0)) / (codebook.std(0) + 1e-5)  # (K,D), each dimension on one scale
+        below = (0, 0, 0, self.vocab_size - len(codes))  # words and specials get nothing
+        return (self.embedding.weight + F.pad(self.code_in(codes), below),
+                self.head.weight + F.pad(self.code_out(codes), below))
+
+    def locate(self, tokens):
+        """Tokens (B,T) -> their places (B,T): distance from the last mark, the spans after EOI counted apart."""
+        B, T = tokens.shape
+        index = torch.arange(T, device=tokens.device).expand(B, T)
+        is_mark = (tokens >= self.vocab_size - 4) & (tokens < self.vocab_size - 1)  # EOT, EOI, BOS
+        last = torch.where(is_mark, index, 0).cummax(1).values  # (B,T) where the last mark stands
+        after_eoi = tokens.gather(1, last) == self.vocab_size - 3
+        return index - last + self.context_length * after_eoi
+
+    def forward(self, tokens, places=None, cache=None, position=0, tables=None, span=None):
+        """tokens int64 (B,T) -> logits (B,T,V). The rest is for generation:
+
+        places (B,T): where the tokens stand, if the mark before them is not among them. cache: a KVCache that holds
+        the columns before `position` and receives those of these tokens. tables: the result of tables(), to compute
+        it once. span (low, high): only these rows of the vocabulary, logits (B,T,high-low).
+        """
+        B, T = tokens.shape
+        if position + T > self.context_length:
+            raise InputError(f"{position + T} tokens do not fit the context of {self.context_length}")
+        embedding, output = tables or self.tables()
+        x = F.embedding(tokens, embedding) + self.places(self.locate(tokens) if places is None else places)  # (B,T,d)
+        mask = None if cache is None else self._mask(T, position, cache.pad, x.device)
+        for i, block in enumerate(self.blocks):
+            cached = functools.partial(cache.write, i, position) if cache else None
+            x = block(x, causal=position == 0, mask=mask, cached=cached)
+        low, high = span or (0, self.vocab_size)
+        return F.linear(self.norm(x), output[low:high])
+
+    @staticmethod
+    def _mask(T, position, pad, device):
+        """Which columns the T new tokens may look at: bool (B or 1,1,T,position+T), or None where sdpa's own causal
+        mask (a first chunk) or no mask at all (a single token) does the same."""
+        if pad is None and (T == 1 or position == 0):
+            return None
+        columns = torch.arange(position + T, device=device)
+        rows = columns[position:, None]
+        mask = (columns <= rows)[None, None]  # (1,1,T,columns)
+        if pad is not None:
+            # Padding is hidden from all but itself: a row that may look nowhere would be 0/0
+            mask = mask & ((columns >= pad[:, None, None, None]) | (columns == rows))
+        return mask
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Sequences: pairs to rows of tokens. Every prompt used for sampling is the beginning of such a row.
+# ------------------------------------------------------------------------------------------------------------------
+
+ORDERS = ("image_text", "text_image", "plain")
+
+
+def sequence_length(n_tokens, tokenizer):
+    """BOS + IMAGE + EOI + TEXT + EOT: 1+49+1+6+1 = 58 for 28x28 pictures and six words."""
+    return n_tokens + tokenizer.caption_length + 3
+
+
+def make_sequences(tokens, text_ids, tokenizer, order):
+    """Picture tokens (B,N) and captions (B,L+1) from Tokenizer.encode_batch -> sequences int64 (B, N+L+3).
+
+        image_text  BOS EOT IMAGE EOI TEXT     plain  BOS IMAGE EOI TEXT EOT
+        text_image  BOS EOI TEXT EOT IMAGE
+
+    Where a caption is shorter than L, an EOT closes it in every order, and PAD fills the end of the row.
+    """
+    t = tokenizer
+    bos, eoi, eot = (torch.full((len(tokens), 1), mark, device=tokens.device)
+                     for mark in (t.bos_token, t.end_of_image_token, t.end_of_text_token))
+    if order == "image_text":  # a caption of full length needs no EOT here: nothing comes after it
+        return torch.cat([bos, eot, tokens, eoi, text_ids[:, :-1]], 1)
+    if order == "plain":
+        return torch.cat([bos, tokens, eoi, text_ids], 1)
+    if order != "text_image":
+        raise InputError(f"unknown order {order!r}: choose from {', '.join(ORDERS)}")
+    row = torch.cat([bos, eoi, text_ids, tokens], 1)
+    # The picture follows its caption at once: sort what is PAD to the end and leave the rest as it stands
+    return row.gather(1, (row == t.pad_token).to(torch.uint8).argsort(dim=1, stable=True))
+
+
+def mixed_sequences(tokens, text_ids, tokenizer, orders):
+    """A batch shared out evenly over several orders: row i is in orders[i % len(orders)]. (B,N), (B,L+1) -> (B,T)."""
+    rows = torch.empty(len(tokens), sequence_length(tokens.shape[1], tokenizer), dtype=torch.long, device=tokens.device)
+    for i, order in enumerate(orders):
+        part = slice(i, None, len(orders))
+        rows[part] = make_sequences(tokens[part], text_ids[part], tokenizer, order)
+    return rows
+
+
+class Sequences(Dataset):
+    """Picture tokens (C*M,N) and captions (M,L+1), handed out as batches of sequences (B,T) in the given orders.
+
+    The tokens may be C copies of the M pictures (augmented, one copy after the other); the captions are the same.
+    """
+
+    def __init__(self, tokens, text_ids, tokenizer, orders):
+        self.tokens, self.text_ids, self.tokenizer, self.orders = tokens, text_ids, tokenizer, orders
+
+    def __len__(self):
+        return len(self.tokens)
+
+    def __getitem__(self, rows):
+        rows = torch.atleast_1d(torch.as_tensor(rows))
+        return mixed_sequences(self.tokens[rows], self.text_ids[rows % len(self.text_ids)], self.tokenizer, self.orders)
+
+
+@torch.no_grad()
+def extract_tokens(vqvae, images, batch_size=250, augment=None):
+    """Run pictures uint8 (M,H,W,3) through the encoder once -> tokens int64 (M,N) on the CPU.
+
+    augment: a function (B,3,H,W) -> (B,3,H,W) applied before. Offline extraction is why phase 2 is cheap: the encoder
+    would otherwise run again in every epoch.
+    """
+    device, out = next(vqvae.parameters()).device, []
+    for x in make_loader(Pictures(images), batch_size, shuffle=False):
+        x = x.to(device)
+        out.append(vqvae.get_tokens(augment(x) if augment else x).flatten(1).cpu())
+    return torch.cat(out)
+
+
+def create_dataset(images, texts, vqvae, tokenizer, batch_size=128, orders=ORDERS[:2], seed=0):
+    """Pictures (M,H,W,3) in any accepted range and M captions -> a loader of sequences int64 (B,T).
+
+    Each batch holds the orders in equal parts; shuffled anew each epoch. Raises InputError for pictures or captions
+    that do not fit.
+    """
+    images = to_uint8(images)[0]
+    if len(images) != len(texts):
+        raise InputError(f"{len(texts)} captions for {len(images)} pictures")
+    rows = Sequences(extract_tokens(vqvae, images), tokenizer.encode_batch(texts), tokenizer, orders)
+    return make_loader(rows, batch_size, seed=seed)
+
+
+def text_prompt(tokenizer, caption):
+    """BOS EOI TEXT EOT: what the model has seen before every picture of the text_image order. -> int64 (T,)."""
+    t = tokenizer
+    return torch.cat([torch.tensor([t.bos_token, t.end_of_image_token]), t.text_encode(caption),
+                      torch.tensor([t.end_of_text_token])])
+
+
+def image_prompts(tokenizer, tokens):
+    """BOS EOT IMAGE EOI: what the model has seen before every caption of the image_text order. (B,N) -> (B,N+3)."""
+    t = tokenizer
+    return F.pad(F.pad(F.pad(tokens, (1, 0), value=t.end_of_text_token), (1, 0), value=t.bos_token),
+                 (0, 1), value=t.end_of_image_token)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Optimizers
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def make_optimizer(cfg, groups):
+    """Adam over the groups of parameter_groups."""
+    return torch.optim.Adam(groups)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Training: one loop. What differs between the regimes is the loss, the parameters and the loader.
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def create_cosine_scheduler(optimizer, warmup_steps=1000, total_steps=10_000, floor=0.0):
+    """Learning rate factor: linear from 0 to 1 in warmup_steps, then half a cosine down to `floor` at total_steps."""
+
+    def factor(step):
+        if step < warmup_steps:
+            return (step + 1) / warmup_steps
+        done = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+class Trainer:
+    """The training loop that the library and the command line share.
+
+    modules: dict name -> nn.Module. optimizer: any torch optimizer over their parameters. scheduler: stepped once a
+    step, or None. clip: largest norm of the whole gradient. seed: if given, every step's noise (dropout, restarts,
+    augmentation) follows from (seed, phase, step), so a resumed run sees what the unbroken one saw. on_step(trainer)
+    and on_epoch(trainer, row) are called after each step and each pass of the loader.
+
+    Subclasses say what the loss of a batch is and what to measure on the test loader.
+    """
+
+    phase = "train"
+
+    def __init__(self, modules, optimizer, device, scheduler=None, clip=1.0, seed=None, on_step=None, on_epoch=None):
+        self.modules, self.optimizer, self.device = modules, optimizer, device
+        self.scheduler, self.clip, self.seed = scheduler, clip, seed
+        self.on_step, self.on_epoch = on_step or (lambda t: None), on_epoch or (lambda t, row: None)
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.step, self.last_loss, self.sums = 0, math.nan, {}  # sums of this epoch's losses, by name
+        self.train_losses, self.test_losses = [], []
+
+    def loss(self, batch):
+        """The batch -> (scalar loss with gradient, dict of other scalars to average over the epoch)."""
+        raise NotImplementedError
+
+    def test(self, test_loader):
+        """Measurements over the test loader, without gradient: a dict of floats with at least 'loss'."""
+        raise NotImplementedError
+
+    def train(self, train_loader, test_loader, num_epochs):
+        """Train until num_epochs passes of the loader are done; returns (train_losses, test_losses), one float a pass.
+
+        Goes on from self.step, which load_state_dict sets. Raises TrainingError when a loss is not finite.
+        """
+        per_epoch = len(train_loader)
+        for epoch in range(self.step // per_epoch, num_epochs):
+            if hasattr(train_loader.sampler, "set_epoch"):
+                train_loader.sampler.set_epoch(epoch, skip=self.step % per_epoch)
+            for module in self.modules.values():
+                module.train()
+            for batch in train_loader:
+                self.train_step(batch)
+                self.on_step(self)
+            self._end_epoch(epoch, test_loader)
+        return self.train_losses, self.test_losses
+
+    def train_step(self, batch):
+        """Forward, backward, clip, update."""
+        if self.seed is not None:
+            torch.manual_seed(zlib.crc32(f"{self.seed} {self.phase} {self.step}".encode()))
+        loss, parts = self.loss(to_device(batch, self.device))
+        self.last_loss = loss.item()
+        if not math.isfinite(self.last_loss):
+            raise TrainingError(f"the loss is {self.last_loss} at step {self.step} of phase {self.phase}: "
+                                "try a lower learning rate")
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.parameters, self.clip)
+        self.optimizer.step()
+        if self.scheduler:
+            self.scheduler.step()
+        self.step += 1
+        for name, value in {"steps": 1.0, "loss": self.last_loss, **parts}.items():
+            self.sums[name] = self.sums.get(name, 0.0) + float(value)
+
+    def _end_epoch(self, epoch, test_loader):
+        for module in self.modules.values():
+            module.eval()
+        with torch.no_grad():
+            measured = self.test(test_loader)
+        steps = self.sums.pop("steps", 1.0)
+        row = {"phase": self.phase, "epoch": epoch + 1, "step": self.step, "lr": self.optimizer.param_groups[0]["lr"]}
+        row |= {f"train_{name}": total / steps for name, total in self.sums.items()}
+        row |= {f"test_{name}": value for name, value in measured.items()}
+        self.sums = {}
+        self.train_losses.append(row.get("train_loss", math.nan))
+        self.test_losses.append(measured["loss"])
+        self.on_epoch(self, row)
+
+    def state_dict(self):
+        """All that the rest of the training depends on."""
+        return {
+            "phase": self.phase, "step": self.step, "sums": self.sums,
+            "train_losses": self.train_losses, "test_losses": self.test_losses,
+            "modules": {name: module.state_dict() for name, module in self.modules.items()},
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict() if self.scheduler else None,
+        }
+
+    def load_state_dict(self, state):
+        """Take up training where state_dict() was called."""
+        self.step, self.sums = state["step"], dict(state["sums"])
+        self.train_losses, self.test_losses = list(state["train_losses"]), list(state["test_losses"])
+        for name, module in self.modules.items():
+            module.load_state_dict(state["modules"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.scheduler:
+            self.scheduler.load_state_dict(state["scheduler"])
+
+
+class TrainingError(InputError):
+    """Training went wrong in a way more steps will not mend."""
+
+
+def to_device(batch, device):
+    """A tensor or a tuple of tensors -> the same on the device."""
+    return tuple(t.to(device) for t in batch) if isinstance(batch, (tuple, list)) else batch.to(device)
+
+
+class VQVAETrainer(Trainer):
+    """Phase 1: batches are pictures (B,3,H,W) in [-1,1]."""
+
+    phase = "vqvae"
+
+    def __init__(self, model, optimizer, device, beta=0.25, **options):
+        super().__init__({"vqvae": model}, optimizer, device, **options)
+        self.model, self.beta = model, beta
+
+    def loss(self, batch):
+        """See compute_loss."""
+        z_e, z_q, recon_x = self.model(batch)
+        return compute_loss(batch, recon_x, z_e, z_q, self.beta), {}
+
+    def test(self, test_loader):
+        """The loss and measure_reconstruction's figures."""
+        return measure_reconstruction(self.model, (to_device(b, self.device) for b in test_loader), self.beta)
+
+
+def measure_reconstruction(vqvae, batches, beta=0.25):
+    """Over batches (B,3,H,W): loss, recon_mse ([-1,1] units), recon_psnr (dB; the range is 2 wide), codebook_used
+    (share of codes chosen at least once), codebook_perplexity (exp of the entropy of their use)."""
+    loss, mse, n, counts = 0.0, 0.0, 0, 0
+    for x in batches:
+        z_e, z_q, recon_x = vqvae(x)
+        loss += compute_loss(x, recon_x, z_e, z_q, beta).item() * len(x)
+        mse += F.mse_loss(recon_x, x).item() * len(x)
+        n += len(x)
+        counts = counts + torch.bincount(vqvae.get_tokens(x).flatten(), minlength=vqvae.n_embeddings)
+    share = counts / counts.sum()
+    return {
+        "loss": loss / n,
+        "recon_mse": mse / n,
+        "recon_psnr": 10 * math.log10(4 / max(mse / n, 1e-12)),
+        "codebook_used": (counts > 0).float().mean().item(),
+        "codebook_perplexity": torch.special.entr(share).sum().exp().item(),
+    }
+
+
+def target_weights(sequences, vocab_size, caption_weight):
+    """How much each prediction counts: sequences (B,T) -> float (B,T-1), for targets sequences[:, 1:].
+
+    PAD counts nothing. The words of a caption that FOLLOWS a picture count caption_weight: they are 6 targets of 57, in
+    half of the rows, but the whole of captioning, and their gradient drowns in that of the picture tokens.
+    """
+    pad, bos, eoi, eot = (vocab_size - i for i in (1, 2, 3, 4))
+    captioning = ((sequences[:, :-1] == eoi).cumsum(1) > 0) & (sequences[:, 1:2] != eoi)
+    return torch.where(captioning, caption_weight, 1.0) * (sequences[:, 1:] != pad)
+
+
+class iGPTTrainer(Trainer):
+    """Phase 2: batches are sequences int64 (B,T), as create_dataset makes them. The last id of the vocabulary is PAD."""
+
+    phase = "igpt"
+
+    def __init__(self, model, optimizer, device, vocab_size, sequence_length, caption_weight=1.0, **options):
+        super().__init__({"igpt": model}, optimizer, device, **options)
+        self.model, self.vocab_size, self.caption_weight = model, vocab_size, caption_weight
+        assert sequence_length <= model.context_length + 1, "the model's context is too short for these sequences"
+
+    def loss(self, batch):
+        """Weighted next-token cross-entropy, nats."""
+        logits = self.model(batch[:, :-1])  # (B,T-1,V)
+        nll = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="none")  # (B*(T-1),)
+        weight = target_weights(batch, self.vocab_size, self.caption_weight).flatten()
+        return (nll * weight).sum() / weight.sum(), {}
+
+    def test(self, test_loader):
+        """Plain cross-entropy, nats a token, and the share of tokens whose most likely prediction is right."""
+        total = right = n = 0
+        for batch in test_loader:
+            batch = to_device(batch, self.device)
+            logits, targets = self.model(batch[:, :-1]), batch[:, 1:]
+            real = targets != self.vocab_size - 1
+            total += F.cross_entropy(logits[real], targets[real], reduction="sum").item()
+            right += (logits.argmax(-1) == targets)[real].sum().item()
+            n += real.sum().item()
+        return {"loss": total / n, "accuracy": right / n}
+
+
+class JointTrainer(Trainer):
+    """`single` and phase 3: everything at once. Batches are (pictures (B,3,H,W), captions (B,L+1)).
+
+    L = recon + codebook + beta * commit + lambda * xent. The decoder always gets the encoder's own codes (teacher
+    forcing). lambda is 0 for `warmup` steps, while there are no codes worth predicting, then rises in `ramp` steps.
+    tau: temperature of the soft targets, in units of the mean squared distance between a feature and its code.
+    """
+
+    def __init__(self, phase, vqvae, igpt, tokenizer, optimizer, device, beta=0.25, lambda_xent=0.5, warmup=0, ramp=1,
+                 tau=0.5, orders=ORDERS[:2], caption_weight=1.0, **options):
+        super().__init__({"vqvae": vqvae, "igpt": igpt}, optimizer, device, **options)
+        self.phase, self.vqvae, self.igpt, self.tokenizer = phase, vqvae, igpt, tokenizer
+        self.beta, self.tau, self.orders, self.caption_weight = beta, tau, orders, caption_weight
+        self.lambda_xent, self.warmup, self.ramp = lambda_xent, warmup, ramp
+        self.first_tokens = None  # the test pictures' tokens before fine-tuning, to measure their drift
+
+    def lambda_now(self):
+        """lambda at the current step."""
+        return self.lambda_xent * min(1.0, max(0.0, (self.step + 1 - self.warmup) / max(1, self.ramp)))
+
+    def loss(self, batch):
+        """The joint loss; while lambda is 0 the transformer is not even run."""
+        x, text_ids = batch
+        z_e = self.vqvae.encoder(x)  # (B,D,h,w)
+        z_q, tokens = self.vqvae.codebook(z_e)
+        loss = compute_loss(x, self.vqvae.reconstruct(z_e, z_q), z_e, z_q, self.beta)
+        weight = self.lambda_now()
+        if not weight:
+            return loss, {"vqvae": loss.item(), "lambda": 0.0}
+        rows = mixed_sequences(tokens.flatten(1), text_ids, self.tokenizer, self.orders)  # (B,T)
+        xent = self.cross_entropy(rows, z_e)
+        return loss + weight * xent, {"vqvae": loss.item(), "xent": xent.item(), "lambda": weight}
+
+    def cross_entropy(self, rows, z_e):
+        """Cross-entropy of the sequences (B,T) whose picture tokens came from z_e -> scalar.
+
+        The target of a picture token is onehot(code) + soft - sg[soft], soft = softmax(-|z_e - e_k|^2 / tau): in value
+        the code itself, so the transformer learns from the tokens it will be asked for; in gradient the soft
+        assignment, so that features and codes move to where the transformer expects them (straight-through again).
+        """
+        targets = rows[:, 1:]
+        log_p = F.log_softmax(self.igpt(rows[:, :-1]), dim=-1)  # (B,T-1,V)
+        nll = -log_p.gather(2, targets[..., None])[..., 0]  # (B,T-1)
+        flat = z_e.movedim(1, -1).flatten(0, 2)  # (B*N,D): row by row, the order in which the tokens stand
+        distance = self.vqvae.codebook.distances(flat) + flat.square().sum(1, keepdim=True)  # (B*N,K)
+        scale = self.tau * distance.detach().amin(1).mean().clamp(min=1e-6)
+        soft = F.softmax(-distance / scale, dim=1)
+        is_code = targets < self.vqvae.n_embeddings  # (B,T-1), N a row
+        expected = -((soft - soft.detach()) * log_p[is_code][:, : soft.shape[1]]).sum(1)  # (B*N,), value 0
+        nll = nll + torch.zeros_like(nll).masked_scatter(is_code, expected)
+        weight = target_weights(rows, self.igpt.vocab_size, self.caption_weight)
+        return (nll * weight).sum() / weight.sum()
+
+    def test(self, test_loader):
+        """Figures of both models, and the drift: the share of test tokens that are not what they were at first."""
+        batches = [to_device(b, self.device) for b in test_loader]
+        out = measure_reconstruction(self.vqvae, (x for x, _ in batches), self.beta)
+        nll = right = n = 0
+        tokens = [self.vqvae.get_tokens(x).flatten(1) for x, _ in batches]
+        for t, (_, text_ids) in zip(tokens, batches):
+            rows = mixed_sequences(t, text_ids, self.tokenizer, self.orders)
+            logits, targets = self.igpt(rows[:, :-1]), rows[:, 1:]
+            real = targets != self.tokenizer.pad_token
+            nll += F.cross_entropy(logits[real], targets[real], reduction="sum").item()
+            right += (logits.argmax(-1) == targets)[real].sum().item()
+            n += real.sum().item()
+        self.first_tokens = tokens if self.first_tokens is None else self.first_tokens
+        moved = torch.cat([(a != b).float().mean(1) for a, b in zip(tokens, self.first_tokens)]).mean().item()
+        return out | {"loss": out["loss"] + self.lambda_now() * nll / n, "nll": nll / n, "accuracy": right / n,
+                      "drift": moved}
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Sampling: logits -> probabilities -> one token -> prefill and decode -> spans -> captions, pictures, pairs
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def logits_to_probs(logits, temperature=1.0, top_k=0, top_p=1.0):
+    """logits (B,S) -> probabilities (B,S). top_k 0 and top_p 1 keep everything."""
+    logits = logits / max(temperature, 1e-5)
+    if 0 < top_k < logits.shape[-1]:
+        # keep the k most likely: everything below the k-th largest logit goes
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
+    probs = F.softmax(logits, dim=-1)
+    if top_p < 1:
+        # keep the smallest set of tokens that holds top_p of the mass (Holtzman et al. 2019): a token goes if those
+        # ahead of it hold that much without it; so the first always stays
+        ordered, index = probs.sort(dim=-1, descending=True)
+        ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered >= top_p, 0.0)
+        probs = torch.zeros_like(probs).scatter(-1, index, ordered)
+        probs = probs / probs.sum(-1, keepdim=True)
+    return probs
+
+
+def sample_token(logits, how, generator=None):
+    """logits (B,S) -> index into the S, int64 (B,), drawn as the SamplingConfig `how` says."""
+    if how.greedy:
+        return logits.argmax(-1)
+    probs = logits_to_probs(logits, how.temperature, how.top_k, how.top_p)
+    return torch.multinomial(probs, 1, generator=generator)[:, 0]
+
+
+def left_pad(prompts, pad_token):
+    """Prompts, a list of int64 (T_i,) -> tokens (B,T) aligned at the right, and the number of pads (B,) or None."""
+    longest = max(map(len, prompts))
+    pad = torch.tensor([longest - len(p) for p in prompts])
+    return torch.stack([F.pad(p, (longest - len(p), 0), value=pad_token) for p in prompts]), pad if pad.any() else None
+
+
+@torch.no_grad()
+def generate(model, prompts, n_new, span, how, generator=None, unconditional=None, stop=None):
+    """Continue prompts by n_new tokens, all from one span of the vocabulary -> int64 (B,n_new).
+
+    prompts: list of int64 (T_i,), which may be of unlike length. span: (low, high), the only ids allowed. how: a
+    SamplingConfig. generator: a torch.Generator on the model's device. unconditional: a prompt (T,) for classifier-free
+    guidance (Ho & Salimans 2022), logits = cond + w * (cond - uncond); both branches run in one batch with one cache.
+    stop: a token after which the rest of a row is that token.
+    """
+    was_training, device, B = model.training, next(model.parameters()).device, len(prompts)
+    model.eval()
+    guided = unconditional is not None and how.guidance > 0
+    tokens, pad = left_pad(prompts + [unconditional] * B * guided, model.vocab_size - 1)
+    tokens, pad = tokens.to(device), pad if pad is None else pad.to(device)
+    rows, T = tokens.shape
+    block = model.blocks[0].attention
+    head_dim = block.out.in_features // block.n_heads
+    cache = KVCache(len(model.blocks), rows, block.n_heads, T + n_new, head_dim, device, pad)
+    tables, places = model.tables(), model.locate(tokens)
+    logits = model(tokens, places, cache, 0, tables, span)[:, -1]  # prefill: the whole prompt in one pass
+    place, new, ended = places[:, -1:], [], torch.zeros(B, dtype=torch.bool, device=device)
+    for i in range(n_new):
+        if guided:
+            cond, uncond = logits.chunk(2)
+            logits = cond + how.guidance * (cond - uncond)
+        token = span[0] + sample_token(logits, how, generator)  # (B,)
+        if stop is not None:
+            token = torch.where(ended, stop, token)
+            ended |= token == stop
+        new.append(token)
+        if i + 1 < n_new:  # the last token's successor is not wanted
+            place = place + 1
+            column = torch.cat([token, token] if guided else [token])[:, None]  # (rows,1)
+            logits = model(column, place, cache, T + i, tables, span)[:, -1]
+    model.train(was_training)
+    return torch.stack(new, 1)
+
+
+def _chunks(items, size=256):
+    """Batches small enough for the cache and large enough for the matrix products."""
+    return [items[i : i + size] for i in range(0, len(items), size)]
+
+
+def sample_images(model, tokenizer, n_tokens, captions, how, generator=None):
+    """Captions (list of B str) -> picture tokens int64 (B,n_tokens). Raises InputError for an unknown word."""
+    unconditional = torch.tensor([tokenizer.bos_token, tokenizer.end_of_text_token])
+    return torch.cat([
+        generate(model, [text_prompt(tokenizer, c) for c in part], n_tokens, tokenizer.image_span, how, generator,
+                 unconditional)
+        for part in _chunks(captions)
+    ])
+
+
+def sample_captions(model, tokenizer, tokens, how, generator=None):
+    """Picture tokens (B,N) -> list of B captions."""
+    prompts, out = image_prompts(tokenizer, tokens.cpu()), []
+    for part in _chunks(list(prompts)):
+        ids = generate(model, part, tokenizer.caption_length, tokenizer.text_span, how, generator,
+                       stop=tokenizer.end_of_text_token)
+        out += [tokenizer.text_decode(row) for row in ids]
+    return out
+
+
+def sample_pairs(model, tokenizer, n_tokens, n, how, generator=None):
+    """n pairs from nothing but BOS -> picture tokens (n,n_tokens), list of n captions.
+
+    The model first chooses between EOT (a picture comes first, its caption after) and EOI (the other way round);
+    what it makes first is the prompt of the second.
+    """
+    bos = torch.tensor([tokenizer.bos_token])
+    first = generate(model, [bos] * n, 1, tokenizer.start_span, how, generator)[:, 0]  # (n,)
+    tokens, captions = torch.zeros(n, n_tokens, dtype=torch.long), [""] * n
+    picture_first = (first == tokenizer.end_of_text_token).nonzero()[:, 0].tolist()
+    text_first = (first == tokenizer.end_of_image_token).nonzero()[:, 0].tolist()
+    for rows in _chunks(picture_first):
+        prompt = torch.tensor([tokenizer.bos_token, tokenizer.end_of_text_token])
+        tokens[rows] = generate(model, [prompt] * len(rows), n_tokens, tokenizer.image_span, how, generator).cpu()
+        for row, caption in zip(rows, sample_captions(model, tokenizer, tokens[rows], how, generator)):
+            captions[row] = caption
+    for rows in _chunks(text_first):
+        prompt = torch.tensor([tokenizer.bos_token, tokenizer.end_of_image_token])
+        ids = generate(model, [prompt] * len(rows), tokenizer.caption_length, tokenizer.text_span, how, generator,
+                       stop=tokenizer.end_of_text_token)
+        for row, caption in zip(rows, ids):
+            captions[row] = tokenizer.text_decode(caption)
+        tokens[rows] = sample_images(model, tokenizer, n_tokens, [captions[r] for r in rows], how, generator).cpu()
+    return tokens, captions
+
+
+def _n_tokens(model, tokenizer):
+    return model.context_length - tokenizer.caption_length - 3  # BOS, EOI, EOT and the caption; the rest is picture
+
+
+def generate_from_text(model, tokenizer, vqvae, prompt, device, how=None, generator=None):
+    """A caption -> a picture (1,3,H,W) in [-1,1]. Raises InputError for an unknown word (naming the nearest)."""
+    how = how or SamplingConfig()
+    tokens = sample_images(model, tokenizer, _n_tokens(model, tokenizer), [prompt], how, generator)
+    with torch.no_grad():
+        return vqvae.decode_tokens(tokens.to(device))
+
+
+def generate_from_image(model, tokenizer, vqvae, image, device, how=None, generator=None):
+    """A picture (3,H,W) in [-1,1] -> its caption."""
+    tokens = vqvae.get_tokens(image.unsqueeze(0).to(device)).flatten(1)
+    return sample_captions(model, tokenizer, tokens, how or SamplingConfig(), generator)[0]
+
+
+def generate_unconditional(model, tokenizer, vqvae, n_samples, device, how=None, generator=None):
+    """n_samples pairs -> pictures (n,3,H,W) in [-1,1] and a list of n captions."""
+    tokens, captions = sample_pairs(model, tokenizer, _n_tokens(model, tokenizer), n_samples, how or SamplingConfig(),
+                                    generator)
+    with torch.no_grad():
+        return vqvae.decode_tokens(tokens.to(device)), captions
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Evaluation: what the two models are worth, over the whole test split
+# ------------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def span_nll(model, tokenizer, rows, batch_size=250):
+    """Teacher forcing over sequences (M,T): nats and hits of the picture's and of the caption's targets.
+
+    Returns {'image': (total nats, hits, count), 'text': (...)}. The caption's targets are its words and, where it is
+    shorter than the longest, the EOT that ends it; marks whose place is certain count nowhere.
+    """
+    device, out = next(model.parameters()).device, {"image": [0, 0, 0], "text": [0, 0, 0]}
+    for batch in rows.split(batch_size):
+        batch = batch.to(device)
+        logits, targets = model(batch[:, :-1]), batch[:, 1:]
+        nll = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
+        hit = logits.argmax(-1) == targets
+        after_text = (batch[:, :-1] < tokenizer.end_of_text_token) & (batch[:, :-1] >= tokenizer.n_embeddings)
+        is_word = (targets >= tokenizer.n_embeddings) & (targets < tokenizer.end_of_text_token)
+        short = tokenizer.caption_length > is_word.sum(1, keepdim=True)
+        ends = (targets == tokenizer.end_of_text_token) & after_text & short
+        for name, here in (("image", targets < tokenizer.n_embeddings), ("text", is_word | ends)):
+            for i, value in enumerate((nll[here].sum(), hit[here].sum(), here.sum())):
+                out[name][i] += value.item()
+    return out
+
+
+@torch.no_grad()
+def evaluate(vqvae, igpt, tokenizer, images, captions, how, seed=0):
+    """Every figure of `eval --json`, over pictures uint8 (M,H,W,3) and their M captions -> dict of floats."""
+    device = next(vqvae.parameters()).device
+    vqvae.eval(), igpt.eval()
+    generator = torch.Generator(device).manual_seed(seed)
+    pictures = make_loader(Pictures(images), 250, shuffle=False)
+    out = measure_reconstruction(vqvae, (x.to(device) for x in pictures))
+    del out["loss"]
+    tokens, text_ids = extract_tokens(vqvae, images), tokenizer.encode_batch(captions)
+    drawn = span_nll(igpt, tokenizer, make_sequences(tokens, text_ids, tokenizer, "text_image"))
+    read = span_nll(igpt, tokenizer, make_sequences(tokens, text_ids, tokenizer, "image_text"))
+    out["nll_text_to_image"] = drawn["image"][0] / drawn["image"][2]
+    out["nll_image_to_text"] = read["text"][0] / read["text"][2]
+    out["nll_image"] = read["image"][0] / read["image"][2]
+    out["nll_text"] = drawn["text"][0] / drawn["text"][2]
+    out["code_accuracy"] = drawn["image"][1] / drawn["image"][2]
+    greedy = dataclasses.replace(how, greedy=True)
+    out["caption_exact"], out["caption_slot_accuracy"] = compare_captions(
+        sample_captions(igpt, tokenizer, tokens, greedy), captions)
+    # Text -> picture -> text goes through pixels: what we read is what a person would be shown
+    made = sample_images(igpt, tokenizer, tokens.shape[1], captions, how, generator)
+    seen = torch.cat([vqvae.get_tokens(vqvae.decode_tokens(t.to(device))).flatten(1) for t in made.split(250)])
+    out["round_trip_exact"], _ = compare_captions(sample_captions(igpt, tokenizer, seen, greedy), captions)
+    return out
+
+
+def compare_captions(found, wanted):
+    """Two lists of captions -> share that agree wholly, share of the wanted words found at their place."""
+    words = right = 0
+    for a, b in zip(found, wanted):
+        b = b.split()
+        a = a.split() + [""] * len(b)
+        words, right = words + len(b), right + sum(x == y for x, y in zip(a, b))
+    return sum(a == b for a, b in zip(found, wanted)) / len(wanted), right / words
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Files: checkpoints, pictures, curves
+# ------------------------------------------------------------------------------------------------------------------
+
+FORMAT = 1  # of checkpoints; raise it whenever an old file would be misread
+
+
+def atomic_write(path, data):
+    """Write bytes beside their place, flush them to the disk, rename: whoever looks sees the old file or the new."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(beside, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def save_checkpoint(path, kind, content):
+    """A dict of tensors, numbers, strings and containers of them -> a .pth file that says what it is."""
+    buffer = io.BytesIO()
+    torch.save({"format": FORMAT, "kind": kind, **content}, buffer)
+    atomic_write(path, buffer.getvalue())
+
+
+def load_checkpoint(path, kind):
+    """The dict that save_checkpoint wrote, read without running any code (weights_only). Raises InputError."""
+    if not Path(path).exists():
+        raise InputError(f"{path} does not exist: train first")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises whatever the damaged bytes lead to
+        raise InputError(f"{path}: not a readable checkpoint ({type(error).__name__})") from None
+    if not isinstance(content, dict) or content.get("kind") != kind or content.get("format") != FORMAT:
+        raise InputError(f"{path}: not a {kind} checkpoint of format {FORMAT}")
+    return content
+
+
+def fingerprint(tensor):
+    """The first 16 hex digits of the SHA-256 of a tensor's bytes."""
+    return hashlib.sha256(tensor.detach().cpu().contiguous().numpy().tobytes()).hexdigest()[:16]
+
+
+def build_vqvae(cfg, size):
+    """The VQ-VAE of a Config for pictures of size (H, W)."""
+    return VQVAE(cfg.vqvae_dim, cfg.vqvae_K, cfg.vqvae_D, cfg.attention, size, cfg.ema or None, cfg.restart)
+
+
+def build_igpt(cfg, vqvae, tokenizer):
+    """The iGPT of a Config that fits a VQ-VAE and a Tokenizer."""
+    length = sequence_length(math.prod(vqvae.grid), tokenizer)
+    return iGPT(tokenizer.vocab_size, length, cfg.d_model, cfg.n_heads, cfg.n_layers, cfg.dropout,
+                vqvae.codebook.weight if cfg.link else None)
+
+
+def save_vqvae(path, vqvae, cfg):
+    """checkpoints/vqvae_model.pth: configuration, picture size, weights."""
+    save_checkpoint(path, "vqvae", {"config": dataclasses.asdict(cfg), "size": vqvae.size, "model": vqvae.state_dict()})
+
+
+def save_igpt(path, igpt, tokenizer, vqvae, cfg):
+    """checkpoints/igpt_model.pth: also the vocabulary, and the fingerprint of the codebook its tokens refer to."""
+    save_checkpoint(path, "igpt", {
+        "config": dataclasses.asdict(cfg), "words": tokenizer.words, "caption_length": tokenizer.caption_length,
+        "codebook": fingerprint(vqvae.codebook.weight), "model": igpt.state_dict(),
+    })
+
+
+def load_vqvae(path, device="cpu"):
+    """-> VQVAE in eval mode. Raises InputError if the file is missing, damaged or of another kind or version."""
+    content = load_checkpoint(path, "vqvae")
+    try:
+        vqvae = build_vqvae(Config(**content["config"]), content["size"])
+        vqvae.load_state_dict(content["model"])
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise InputError(f"{path}: does not fit this version of mmgen ({str(error).splitlines()[0]})") from None
+    return vqvae.to(device).eval()
+
+
+def load_igpt(path, vqvae, device="cpu"):
+    """-> iGPT in eval mode and its Tokenizer. Raises InputError as load_vqvae, or if it was trained on other codes."""
+    content = load_checkpoint(path, "igpt")
+    try:
+        if content["codebook"] != fingerprint(vqvae.codebook.weight):
+            raise InputError(f"{path}: was trained on the codes of another VQ-VAE than the one beside it")
+        tokenizer = Tokenizer([" ".join(content["words"])], vqvae.n_embeddings)
+        tokenizer.caption_length = content["caption_length"]
+        igpt = build_igpt(Config(**content["config"]), vqvae, tokenizer)
+        igpt.load_state_dict(content["model"])
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise InputError(f"{path}: does not fit this version of mmgen ({str(error).splitlines()[0]})") from None
+    return igpt.to(device).eval(), tokenizer
+
+
+def ppm_bytes(image):
+    """uint8 (H,W,3) -> a binary PPM file."""
+    return b"P6\n%d %d\n255\n" % (image.shape[1], image.shape[0]) + image.tobytes()
+
+
+def png_bytes(image):
+    """uint8 (H,W,3) -> a PNG file: header, one compressed block of rows that each start with filter type 0, end."""
+
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    rows = np.pad(image.reshape(len(image), -1), ((0, 0), (1, 0)))  # (H, 1+3W)
+    head = struct.pack(">IIBBBBB", image.shape[1], image.shape[0], 8, 2, 0, 0, 0)  # 8 bits, RGB
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows.tobytes(), 9))
+            + chunk(b"IEND", b""))
+
+
+def read_pictures(path):
+    """--image: .npy uint8 (H,W,3) or (N,H,W,3), or a binary PPM (P6, 8 bits) -> uint8 (N,H,W,3)."""
+    path = Path(path)
+    if not path.exists():
+        raise InputError(f"{path} does not exist")
+    raw = path.read_bytes()
+    if raw[:2] == b"P6":
+        # P6, width, height, largest value, separated by blanks, each perhaps after a comment line; one blank; pixels
+        fields, at = [], 2
+        while len(fields) < 3 and at < len(raw):
+            end = at
+            while end < len(raw) and not raw[end : end + 1].isspace() and raw[end : end + 1] != b"#":
+                end += 1
+            if raw[at : at + 1] == b"#":
+                at = raw.find(b"\n", at) + 1 or len(raw)
+            elif end == at:
+                at += 1
+            else:
+                fields, at = fields + [raw[at:end]], end
+        if len(fields) < 3 or not all(f.isdigit() and len(f) < 6 for f in fields) or fields[2] != b"255":
+            raise InputError(f"{path}: want a PPM header `P6 width height 255`, found {raw[:20]!r}")
+        width, height = int(fields[0]), int(fields[1])
+        if len(raw) - at - 1 != 3 * width * height:
+            raise InputError(f"{path}: {width}x{height} pixels promised, {len(raw) - at - 1} bytes found")
+        images = np.frombuffer(raw, np.uint8, offset=at + 1).reshape(1, height, width, 3)
+    elif raw[:6] == b"\x93NUMPY":
+        try:
+            images = np.load(io.BytesIO(raw), allow_pickle=False)
+        except (ValueError, EOFError, OSError) as error:
+            raise InputError(f"{path}: cannot be read ({error})") from None
+        images = images[None] if images.ndim == 3 else images
+    else:
+        raise InputError(f"{path}: neither a .npy file nor a binary PPM (P6)")
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not len(images):
+        raise InputError(f"{path}: want uint8 (H,W,3) or (N,H,W,3), found {images.dtype} {images.shape}")
+    return images
+
+
+def picture_grid(images, scale=2, columns=None):
+    """uint8 (N,H,W,3) -> one picture, about square, each enlarged `scale` times, on a grey ground."""
+    N, H, W, _ = images.shape
+    columns = columns or math.ceil(math.sqrt(N))
+    rows = -(-N // columns)
+    canvas = np.full((rows * columns, H * scale + 2, W * scale + 2, 3), 128, np.uint8)
+    canvas[:N, 1:-1, 1:-1] = images.repeat(scale, 1).repeat(scale, 2)
+    # (rows,columns,h,w,3) -> (rows,h,columns,w,3) -> (rows*h, columns*w, 3)
+    return canvas.reshape(rows, columns, *canvas.shape[1:]).swapaxes(1, 2).reshape(rows * canvas.shape[1], -1, 3)
+
+
+def save_samples(prefix, images, captions):
+    """Write PREFIX.ppm (a grid), PREFIX.npy (uint8 (N,H,W,3)) and PREFIX.txt (a caption a line); for a PREFIX that
+    ends in .png the grid is a PNG at just that path, beside the same .npy and .txt. Returns the path of the grid."""
+    base = str(prefix).removesuffix(".png").removesuffix(".ppm")
+    grid = picture_grid(images)
+    path, data = (prefix, png_bytes(grid)) if str(prefix).endswith(".png") else (f"{base}.ppm", ppm_bytes(grid))
+    buffer = io.BytesIO()
+    np.save(buffer, images)
+    atomic_write(path, data)
+    atomic_write(f"{base}.npy", buffer.getvalue())
+    atomic_write(f"{base}.txt", "".join(c + "\n" for c in captions).encode())
+    return path
+
+
+def show_in_terminal(images, captions, columns=None):
+    """Draw pictures uint8 (N,H,W,3) in colour, two pixels a character (upper half block), captions under them."""
+    N, H, W, _ = images.shape
+    a_row = columns or max(1, (os.get_terminal_size().columns if sys.stdout.isatty() else 100) // (W + 2))
+    for start in range(0, N, a_row):
+        part = images[start : start + a_row]
+        for y in range(0, H, 2):
+            line = []
+            for image in part:
+                cells = ("\x1b[38;2;%d;%d;%dm\x1b[48;2;%d;%d;%dm▀" % (*top, *low)
+                         for top, low in zip(image[y], image[min(y + 1, H - 1)]))
+                line.append("".join(cells) + "\x1b[0m")
+            print("  ".join(line))
+        print("  ".join(f"{c[:W]:<{W}}" for c in captions[start : start + a_row]) + "\n")
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Runs: the regimes as sequences of phases, with progress, saved state and curves
+# ------------------------------------------------------------------------------------------------------------------
+
+REGIMES = {
+    "two-stage": ("vqvae", "igpt"),
+    "single": ("single",),
+    "multi": ("vqvae", "igpt", "finetune"),
+    "vqvae": ("vqvae",),
+    "igpt": ("igpt",),
+    "finetune": ("finetune",),
+}
+SAVE_SECONDS = 15  # how often the state for --resume is written: what a kill costs at most
+
+
+def log(text):
+    """A line for the user on stderr; stdout is for results."""
+    print(text, file=sys.stderr, flush=True)
+
+
+class Run:
+    """A run directory during training: what is done, what is shown, what is saved.
+
+    checkpoints/state.pth holds everything the rest of the run depends on; with --resume the run goes on from there.
+    """
+
+    def __init__(self, folder, regime, cfg, data):
+        self.folder, self.regime, self.cfg = Path(folder), regime, cfg
+        self.data_hash = zlib.crc32(data.train_images) ^ zlib.crc32("\n".join(data.train_captions).encode())
+        self.done, self.rows, self.trainer_state = [], [], None
+        self.signal, self.saved, self.shown, self.total = None, time.monotonic(), 0.0, 0
+        self.live = sys.stderr.isatty()
+
+    @property
+    def state_path(self):
+        """The file --resume reads."""
+        return self.folder / "checkpoints" / "state.pth"
+
+    def begin(self, resume, overwrite):
+        """Decide between a new run and the rest of an old one. Returns False if the old one is complete.
+
+        Raises InputError if there is a run and neither flag was given, or if it was another run's state.
+        """
+        if not self.state_path.exists():
+            if resume:
+                log(f"nothing to resume in {self.folder}: starting anew")
+            return True
+        if overwrite:
+            return True
+        state = load_checkpoint(self.state_path, "state")
+        phases = REGIMES[self.regime]
+        if not resume:
+            if state["regime"] != self.regime and state["complete"] and not set(phases) & set(state["phases"]):
+                return True  # the next phase of a run that is made one phase at a time
+            raise InputError(f"{self.folder} holds a run ({state['regime']}): --resume it, --overwrite it, "
+                             "or choose another --run")
+        mine = {"regime": self.regime, "data": self.data_hash, **dataclasses.asdict(self.cfg)}
+        theirs = {"regime": state["regime"], "data": state["data"], **state["config"]}
+        unlike = [f"{k} {theirs.get(k)} there, {mine.get(k)} here" for k in mine.keys() | theirs.keys()
+                  if mine.get(k) != theirs.get(k)]
+        if unlike:
+            raise InputError(f"cannot resume {self.folder}: {'; '.join(sorted(unlike))}")
+        self.done, self.rows, self.trainer_state = state["done"], state["rows"], state["trainer"]
+        if state["complete"]:
+            log(f"the run in {self.folder} is finished")
+        return not state["complete"]
+
+    def save(self, trainer=None, complete=False):
+        """Write the state: of the trainer at its step, or between phases."""
+        save_checkpoint(self.state_path, "state", {
+            "regime": self.regime, "config": dataclasses.asdict(self.cfg), "data": self.data_hash,
+            "phases": list(REGIMES[self.regime]), "done": self.done, "rows": self.rows, "complete": complete,
+            "trainer": trainer.state_dict() if trainer else None,
+        })
+        self.saved = time.monotonic()
+
+    def start_phase(self, trainer, total):
+        """Hook the run into a trainer, and the saved state, if it is of this phase."""
+        trainer.on_step, trainer.on_epoch, self.total = self.on_step, self.on_epoch, total
+        if self.trainer_state and self.trainer_state["phase"] == trainer.phase:
+            trainer.load_state_dict(self.trainer_state)
+            log(f"resumed {trainer.phase} at step {trainer.step}")
+        self.trainer_state = None
+        self.save(trainer)
+        self.started, self.first_step = time.monotonic(), trainer.step
+
+    def on_step(self, trainer):
+        """Progress, state, signals."""
+        now = time.monotonic()
+        if self.signal:
+            self.save(trainer)
+            log(f"\nstopped in phase {trainer.phase} at step {trainer.step}: --resume goes on from here")
+            raise SystemExit(128 + self.signal)
+        if now - self.saved > SAVE_SECONDS:
+            self.save(trainer)
+        if self.live and now - self.shown > 0.2:
+            self.shown = now
+            rate = (trainer.step - self.first_step) / max(now - self.started, 1e-9)
+            left = (self.total - trainer.step) / max(rate, 1e-9)
+            sys.stderr.write(f"\r{trainer.phase} step {trainer.step}/{self.total}  loss {trainer.last_loss:.4f}  "
+                             f"{rate:.1f} steps/s  {left / 60:.0f}:{left % 60:02.0f} left \x1b[K")
+            sys.stderr.flush()
+
+    def on_epoch(self, trainer, row):
+        """One aligned line of figures, and the curves."""
+        now = time.monotonic()
+        row = {"seconds": round(now - self.started, 1), **row}
+        if self.live:
+            sys.stderr.write("\r\x1b[K")
+        rate = (trainer.step - self.first_step) / max(now - self.started, 1e-9)
+        left = (self.total - trainer.step) / max(rate, 1e-9)
+        figures = "  ".join(f"{k.removeprefix('test_')} {v:.4f}" for k, v in row.items()
+                            if k.startswith("test_") or k == "train_lambda")
+        log(f"{trainer.phase:8} {trainer.step:6}/{self.total}  {rate:6.2f} steps/s  {left / 60:2.0f}:{left % 60:02.0f} "
+            f"left  train {row['train_loss']:.4f}  test: {figures}")
+        self.rows.append(row)
+        self.write_curves()
+
+    def write_curves(self):
+        """results/training_curves.csv and .ppm, from all rows so far."""
+        columns = list(dict.fromkeys(k for row in self.rows for k in row))
+        text = io.StringIO()
+        writer = csv.DictWriter(text, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        atomic_write(self.folder / "results" / "training_curves.csv", text.getvalue().encode())
+        atomic_write(self.folder / "results" / "training_curves.ppm", ppm_bytes(draw_curves(self.rows)))
+
+    @contextlib.contextmanager
+    def interruptible(self):
+        """Within: Ctrl-C and SIGTERM let the step end, save, and exit with 130 or 143. A second one exits at once."""
+
+        def handler(number, frame):
+            if self.signal:
+                raise SystemExit(128 + number)
+            self.signal = number
+
+        old = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, previous in old.items():
+                signal.signal(number, previous)
+
+
+GLYPHS = dict(zip("0123456789.-e", (
+    "757 262 717 717 551 747 747 711 757 757 000 000 076".split())))  # not used by itself: see _stamp
+
+
+def draw_curves(rows, height=240, width=480):
+    """Training (grey) and test (colour) loss of each phase side by side, each scaled to itself -> uint8 (H,W,3)."""
+    canvas = np.full((height, width, 3), 255, np.uint8)
+    phases = list(dict.fromkeys(r["phase"] for r in rows))
+    panel = width // max(1, len(phases))
+    for i, phase in enumerate(phases):
+        mine = [r for r in rows if r["phase"] == phase]
+        x0, x1, y0, y1 = i * panel + 8, (i + 1) * panel - 8, 8, height - 8
+        canvas[y1, x0:x1] = canvas[y0:y1, x0] = 0
+        both = np.array([[r.get("train_loss", np.nan), r["test_loss"]] for r in mine])  # (epochs,2)
+        low, high = np.nanmin(both), np.nanmax(both)
+        for j, color in enumerate(((150, 150, 150), (200, 40, 40))):
+            xs = np.linspace(x0 + 2, x1 - 1, max(2, len(mine)))
+            ys = y1 - 2 - (both[:, j] - low) / max(high - low, 1e-9) * (y1 - y0 - 4)
+            ys = np.resize(ys, len(xs))
+            at = np.linspace(xs[0], xs[-1], 4 * panel)  # many points: the line has no gaps
+            line = np.nan_to_num(np.interp(at, xs, ys), nan=y1 - 2).astype(int)
+            canvas[line, at.astype(int)] = color
+            canvas[line - 1, at.astype(int)] = color
+    return canvas
+
+
+def parameter_groups(cfg, vqvae=None, igpt=None, factor=1.0, codebook_factor=1.0):
+    """The optimizer's groups: VQ-VAE, codebook (slower in joint training), transformer."""
+    groups = []
+    if vqvae is not None:
+        rest = [p for name, p in vqvae.named_parameters() if name != "codebook.weight"]
+        groups.append({"params": rest, "lr": cfg.vqvae_lr * factor, "name": "vqvae"})
+        if vqvae.codebook.weight.requires_grad:
+            groups.append({"params": [vqvae.codebook.weight], "lr": cfg.vqvae_lr * factor * codebook_factor,
+                           "name": "codebook"})
+    if igpt is not None:
+        groups.append({"params": list(igpt.parameters()), "lr": cfg.igpt_lr * factor, "name": "igpt"})
+    return groups
+
+
+def phase_length(cfg, phase, n_rows, batch_size):
+    """-> steps a pass, passes, steps in all. A phase counted in steps is reported on ten times."""
+    steps = getattr(cfg, f"{phase}_steps")
+    if steps:
+        a_pass = -(-steps // 10)
+        return a_pass, -(-steps // a_pass), steps
+    a_pass = -(-n_rows // batch_size)
+    epochs = getattr(cfg, f"{phase}_epochs")
+    return a_pass, epochs, a_pass * epochs
+
+
+def prepare_phase(phase, cfg, data, vqvae, igpt, tokenizer, device):
+    """-> trainer, train loader, test loader, passes, steps in all, for one phase of a regime."""
+    joint = phase in ("single", "finetune")
+    batch_size = cfg.igpt_batch_size if phase == "igpt" else cfg.vqvae_batch_size
+    vqvae.requires_grad_(phase != "igpt")
+    vqvae.codebook.weight.requires_grad_(phase != "igpt" and not cfg.ema)
+    orders = tuple(cfg.orders.split(","))
+    test = slice(0, 500)  # the curves need no more; `eval` takes all
+    if phase == "vqvae":
+        train_set, test_set = Pictures(data.vqvae_train), Pictures(data.vqvae_test[test])
+        groups = parameter_groups(cfg, vqvae)
+    elif joint:
+        train_set = Pictures(data.train_images, tokenizer.encode_batch(data.train_captions))
+        test_set = Pictures(data.test_images[test], tokenizer.encode_batch(data.test_captions[test]))
+        groups = parameter_groups(cfg, vqvae, igpt, cfg.finetune_lr if phase == "finetune" else 1.0, cfg.codebook_lr)
+    else:
+        vqvae.eval()
+        torch.manual_seed(cfg.seed)
+        tokens = [extract_tokens(vqvae, data.train_images)]
+        tokens += [extract_tokens(vqvae, data.train_images, augment=random_affine) for _ in range(cfg.copies)]
+        train_set = Sequences(torch.cat(tokens), tokenizer.encode_batch(data.train_captions), tokenizer, orders)
+        test_set = Sequences(extract_tokens(vqvae, data.test_images[test]),
+                             tokenizer.encode_batch(data.test_captions[test]), tokenizer, orders)
+        groups = parameter_groups(cfg, igpt=igpt)
+    a_pass, passes, total = phase_length(cfg, phase, len(train_set), batch_size)
+    train_loader = make_loader(train_set, batch_size, seed=cfg.seed, steps=a_pass, total=total)
+    test_loader = make_loader(test_set, 125, shuffle=False)
+    optimizer = make_optimizer(cfg, groups)
+    scheduler = None
+    if phase != "vqvae" or cfg.vqvae_decay:
+        scheduler = create_cosine_scheduler(optimizer, int(cfg.warmup * total), total)
+    options = dict(scheduler=scheduler, clip=cfg.clip, seed=cfg.seed)
+    if phase == "vqvae":
+        trainer = VQVAETrainer(vqvae, optimizer, device, cfg.beta, **options)
+    elif phase == "igpt":
+        trainer = iGPTTrainer(igpt, optimizer, device, tokenizer.vocab_size, igpt.context_length, cfg.caption_weight,
+                              **options)
+    else:
+        warmup, ramp = (int(total * s) for s in (cfg.lambda_warmup, cfg.lambda_ramp)) if phase == "single" else (0, 1)
+        trainer = JointTrainer(phase, vqvae, igpt, tokenizer, optimizer, device, cfg.beta, cfg.lambda_xent, warmup, ramp,
+                               cfg.tau, orders, cfg.caption_weight, **options)
+    return trainer, train_loader, test_loader, passes, total
+
+
+def train_run(folder, regime, cfg, data, device, resume=False, overwrite=False):
+    """Train the phases of a regime into a run directory. Returns vqvae, igpt (or None), tokenizer (or None), or None
+    if the run was complete already."""
+    run = Run(folder, regime, cfg, data)
+    if not run.begin(resume, overwrite):
+        return None
+    torch.manual_seed(cfg.seed)
+    phases, files = REGIMES[regime], Path(folder) / "checkpoints"
+    vqvae_path, igpt_path = files / "vqvae_model.pth", files / "igpt_model.pth"
+    size, igpt = data.train_images.shape[1:3], None
+    fresh = phases[0] in ("vqvae", "single") and "vqvae" not in run.done
+    vqvae = build_vqvae(cfg, size).to(device) if fresh else load_vqvae(vqvae_path, device)
+    if tuple(vqvae.size) != tuple(size):
+        raise InputError(f"{vqvae_path}: was trained on {vqvae.size} pictures, these are {tuple(size)}")
+    with run.interruptible():
+        for phase in phases:
+            if phase in run.done or (phase == "finetune" and not (cfg.finetune_steps or cfg.finetune_epochs)):
+                continue
+            if phase != "vqvae" and igpt is None:
+                if phase == "finetune" or "igpt" in run.done:
+                    igpt, tokenizer = load_igpt(igpt_path, vqvae, device)
+                    tokenizer.check(data.train_captions + data.test_captions)
+                else:
+                    tokenizer = Tokenizer(data.train_captions + data.test_captions, vqvae.n_embeddings)
+                    torch.manual_seed(cfg.seed + 1)
+                    igpt = build_igpt(cfg, vqvae, tokenizer).to(device)
+            log(f"{phase}: preparing")
+            started = time.monotonic()
+            trainer, *loaders, passes, total = prepare_phase(phase, cfg, data, vqvae, igpt, tokenizer if igpt else None,
+                                                             device)
+            run.start_phase(trainer, total)
+            trainer.train(*loaders, passes)
+            for module in trainer.modules.values():
+                module.eval()
+            if phase != "igpt":
+                save_vqvae(vqvae_path, vqvae, cfg)
+                report_codebook(vqvae, data.vqvae_test, device)
+            if phase != "vqvae":
+                save_igpt(igpt_path, igpt, tokenizer, vqvae, cfg)
+            run.done.append(phase)
+            run.save(complete=phase == phases[-1])
+            log(f"{phase}: {total} steps in {time.monotonic() - started:.0f} s")
+    return vqvae, igpt, tokenizer if igpt else None
+
+
+@torch.no_grad()
+def report_codebook(vqvae, images, device):
+    """The end of phase 1: is it good enough to go on? Over the whole test set."""
+    m = measure_reconstruction(vqvae, (x.to(device) for x in make_loader(Pictures(images), 250, shuffle=False)))
+    log(f"VQ-VAE over {len(images)} test pictures: recon MSE {m['recon_mse']:.4f} (PSNR {m['recon_psnr']:.1f} dB), "
+        f"{m['codebook_used']:.0%} of the codes used, perplexity {m['codebook_perplexity']:.1f}")
+    if m["codebook_used"] < 0.05 or m["codebook_perplexity"] < 4:
+        log("warning: the codebook has collapsed: lower --vqvae-lr, raise --beta, or try --ema 0.99")
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Bench: ratios of two things timed in turn, in one run
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def timed_in_turn(functions, rounds=5):
+    """Median seconds of each function; they take turns, so that a slow moment of the machine hits all alike."""
+    seconds = [[] for _ in functions]
+    for i in range(rounds + 1):
+        for f, out in zip(functions, seconds):
+            start = time.perf_counter()
+            f()
+            if i:  # the first round warms caches up
+                out.append(time.perf_counter() - start)
+    return [float(np.median(s)) for s in seconds]
+
+
+def bench():
+    """-> list of rows (what, seconds of ours, seconds of the other, what the other is)."""
+    torch.manual_seed(0)
+    rows = []
+    z = torch.randn(2, 256, 28, 28, requires_grad=True)  # 1568 features
+    quantizer = VectorQuantizer(128, 256).eval()
+
+    def ours():
+        z_q, _ = quantizer(z)
+        (F.mse_loss(z_q, z.detach()) + F.mse_loss(z, z_q.detach())).backward()
+
+    def with_distance_tensor():  # the notes' form
+        flat = z.movedim(1, -1).reshape(-1, 256)
+        nearest = ((flat[:, None] - quantizer.weight[None]) ** 2).sum(-1).argmin(1)
+        z_q = quantizer.weight[nearest]
+        (F.mse_loss(z_q, flat.detach()) + F.mse_loss(flat, z_q.detach())).backward()
+
+    rows.append(("quantizer, forward and backward", *timed_in_turn([ours, with_distance_tensor]), "(N,K,D) tensor"))
+    tokenizer = Tokenizer(["a b c d e f"], 128)
+    model = iGPT(tokenizer.vocab_size, 58).eval()
+    prompts, how = [text_prompt(tokenizer, "a b c d e f")] * 16, SamplingConfig(guidance=0, top_p=1.0)
+
+    def cached():
+        generate(model, prompts, 49, tokenizer.image_span, how)
+
+    @torch.no_grad()
+    def uncached():
+        row = torch.stack(prompts)
+        for _ in range(49):
+            row = torch.cat([row, sample_token(model(row)[:, -1, :128], how)[:, None]], 1)
+
+    rows.append(("sampling 16 pictures", *timed_in_turn([cached, uncached], 3), "no cache"))
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Command line
+# ------------------------------------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with errors of one line; sub-parsers are of the same class."""
+
+    def error(self, message):
+        """Exit with status 2."""
+        raise InputError(message)
+
+
+def checked(cast, low, high):
+    """An argparse type: cast the text, refuse what is outside [low, high] (None: open)."""
+
+    def convert(text):
+        value = cast(text)
+        if not ((low is None or value >= low) and (high is None or value <= high)):
+            raise argparse.ArgumentTypeError(f"{text} is not in the range {low} to {high}")
+        return value
+
+    convert.__name__ = cast.__name__  # argparse names the type in its message
+    return convert
+
+
+def add_config_flags(parser, config_class):
+    """One flag for each field of a config dataclass; flags not given leave no trace in the namespace."""
+    for f in dataclasses.fields(config_class):
+        name, meta = f"--{f.name.replace('_', '-')}", f.metadata
+        text = meta["help"] + " (default: %s)" % str(f.default).replace("%", "%%")
+        if f.type in (bool, "bool"):
+            parser.add_argument(name, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
+        elif meta["choices"]:
+            parser.add_argument(name, choices=meta["choices"], default=argparse.SUPPRESS, help=text)
+        else:
+            parser.add_argument(name, type=checked(type(f.default), meta["low"], meta["high"]),
+                                default=argparse.SUPPRESS, metavar=type(f.default).__name__.upper(), help=text)
+
+
+def given(args, config_class):
+    """The fields of a config dataclass that were given as flags."""
+    return {f.name: getattr(args, f.name) for f in dataclasses.fields(config_class) if hasattr(args, f.name)}
+
+
+def build_parser():
+    """All subcommands and flags."""
+    parser = Parser(prog="mmgen.py", description="A small multimodal generative model: VQ-VAE and iGPT.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{data,train,sample,eval,bench}")
+    count = checked(int, 1, 10**7)
+
+    def command(name, text, run=False):
+        p = commands.add_parser(name, help=text, description=text)
+        p.add_argument("--data", type=Path, default=Path("data"), metavar="DIR", help="data directory (default: data)")
+        if run:
+            p.add_argument("--run", type=Path, default=Path("."), metavar="DIR", help="run directory (default: .)")
+            p.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
+        return p
+
+    p = command("data", "draw the embedded data set: drawn.npz")
+    p.add_argument("--train", type=count, default=20_000, metavar="N", help="training pairs (default: 20000)")
+    p.add_argument("--test", type=count, default=2_000, metavar="N", help="test pairs (default: 2000)")
+    p.add_argument("--size", type=checked(int, 16, 256), default=28, metavar="PIXELS",
+                   help="height and width, divisible by 4 (default: 28)")
+    p.add_argument("--seed", type=checked(int, 0, 2**31), default=0, help="(default: 0)")
+
+    p = command("train", "train a regime or a single phase", run=True)
+    p.add_argument("--phase", choices=REGIMES, required=True, help="regime, or one phase from the checkpoints in --run")
+    p.add_argument("--preset", choices=("auto", *PRESETS), default="auto",
+                   help="full: the notes' configuration; laptop: minutes on two cores; tiny: seconds; auto: full with a "
+                        "GPU, laptop without (default: auto)")
+    p.add_argument("--resume", action="store_true", help="go on where the run in --run stopped")
+    p.add_argument("--overwrite", action="store_true", help="start anew over the run in --run")
+    add_config_flags(p, Config)
+
+    p = command("sample", "sample pictures, captions or pairs", run=True)
+    p.add_argument("--mode", choices=("text", "image", "unconditional"), required=True,
+                   help="text: captions to pictures; image: pictures to captions; unconditional: pairs")
+    p.add_argument("-n", type=checked(int, 1, 10**6), help="samples per prompt or picture (default 1), or pairs (9)")
+    p.add_argument("--prompt", action="append", metavar="TEXT", help="a caption; may be repeated")
+    p.add_argument("--prompts", type=Path, metavar="FILE", help="a caption a line")
+    p.add_argument("--image", type=Path, metavar="FILE", help=".npy uint8 (H,W,3) or (N,H,W,3), or a binary PPM")
+    p.add_argument("--out", metavar="PREFIX", help="PREFIX.ppm, .npy and .txt; a PREFIX ending in .png writes PNG "
+                                                   "(default: results/..._samples in --run)")
+    p.add_argument("--show", action="store_true", help="draw the pictures in the terminal")
+    p.add_argument("--seed", type=checked(int, 0, 2**31), default=0, help="(default: 0)")
+    add_config_flags(p, SamplingConfig)
+
+    p = command("eval", "measure both models over the test split", run=True)
+    p.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    p.add_argument("--seed", type=checked(int, 0, 2**31), default=0, help="(default: 0)")
+    add_config_flags(p, SamplingConfig)
+
+    p = commands.add_parser("bench", help="time mmgen against plain implementations")
+    p.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    return parser
+
+
+def pick_device(name):
+    """'auto' or a torch device name -> torch.device. Raises InputError for one that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
+
+
+def write_drawn(folder, n_train=20_000, n_test=2_000, size=28, seed=0):
+    """Draw the embedded set into folder/drawn.npz."""
+    if size % 4:
+        raise InputError(f"--size {size}: must be divisible by 4")
+    started, buffer = time.monotonic(), io.BytesIO()
+    np.savez_compressed(buffer, **make_drawn(n_train, n_test, size, seed))
+    atomic_write(folder / "drawn.npz", buffer.getvalue())
+    log(f"drew {n_train + n_test} pictures into {folder / 'drawn.npz'} in {time.monotonic() - started:.0f} s")
+
+
+def command_data(args):
+    """mmgen.py data"""
+    write_drawn(args.data, args.train, args.test, args.size, args.seed)
+
+
+def command_train(args):
+    """mmgen.py train"""
+    device = pick_device(args.device)
+    preset = args.preset
+    if preset == "auto":
+        preset = "full" if device.type != "cpu" else "laptop"
+        log(f"preset {preset} (device {device.type})")
+    flags = given(args, Config)
+    # A length given in epochs replaces the preset's length in steps
+    lengths = {k.replace("_epochs", "_steps"): 0 for k in flags if k.endswith("_epochs")}
+    cfg = Config(**{**PRESETS[preset], **lengths, **flags})
+    for order in cfg.orders.split(","):
+        if order not in ORDERS:
+            raise InputError(f"--orders {cfg.orders}: choose from {', '.join(ORDERS)}")
+    sources = ("colored_mnist_with_text.pkl", "mnist", "drawn.npz")
+    if not any((args.data / name).exists() for name in sources):
+        log(f"no data in {args.data}: drawing the embedded set")
+        write_drawn(args.data)
+    data = load_data(args.data, cfg.value_range, log)
+    started = time.monotonic()
+    models = train_run(args.run, args.phase, cfg, data, device, args.resume, args.overwrite)
+    if models is None:
+        return
+    log(f"trained {args.phase} in {time.monotonic() - started:.0f} s")
+    vqvae, igpt, tokenizer = models
+    if igpt is not None:
+        for mode in ("text", "image", "unconditional"):
+            images, captions = make_samples(mode, vqvae, igpt, tokenizer, SamplingConfig(), None, None, None,
+                                            lambda: data, cfg.seed)
+            log(f"wrote {save_samples(args.run / 'results' / SAMPLE_NAMES[mode], images, captions)}")
+
+
+SAMPLE_NAMES = dict(text="text_conditioned_samples", image="image_conditioned_samples",
+                    unconditional="unconditional_samples")
+
+
+def make_samples(mode, vqvae, igpt, tokenizer, how, captions, images, n, test_split, seed):
+    """What `sample` writes: pictures uint8 (M,H,W,3) and M captions.
+
+    captions: prompts of mode 'text'; images uint8 (M,H,W,3): those of mode 'image'; None: the first 9 of the test
+    split, which test_split() loads. n: samples per prompt or picture (None: 1), or pairs (None: 9).
+    """
+    device = next(igpt.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
+    n_tokens, n = math.prod(vqvae.grid), n or (9 if mode == "unconditional" else 1)
+    if mode == "text":
+        captions = [c for c in (captions or test_split().test_captions[:9]) for _ in range(n)]
+        tokens = sample_images(igpt, tokenizer, n_tokens, captions, how, generator)
+    elif mode == "image":
+        images = np.repeat(images if images is not None else test_split().test_images[:9], n, 0)
+        if images.shape[1:3] != tuple(vqvae.size):
+            raise InputError(f"the model knows {vqvae.size} pictures, these are {images.shape[1:3]}")
+        captions = sample_captions(igpt, tokenizer, extract_tokens(vqvae, images), how, generator)
+        return images, captions
+    else:
+        tokens, captions = sample_pairs(igpt, tokenizer, n_tokens, n, how, generator)
+    with torch.no_grad():
+        return np.concatenate([denormalize(vqvae.decode_tokens(t.to(device))) for t in tokens.split(250)]), captions
+
+
+def command_sample(args):
+    """mmgen.py sample"""
+    device = pick_device(args.device)
+    vqvae = load_vqvae(args.run / "checkpoints" / "vqvae_model.pth", device)
+    igpt, tokenizer = load_igpt(args.run / "checkpoints" / "igpt_model.pth", vqvae, device)
+    captions = list(args.prompt or [])
+    if args.prompts:
+        try:
+            captions += [line for line in args.prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
+        except UnicodeDecodeError:
+            raise InputError(f"{args.prompts}: not a text file") from None
+    if args.prompts and not captions:
+        raise InputError(f"{args.prompts} holds no caption")
+    if (captions and args.mode != "text") or (args.image and args.mode != "image"):
+        raise InputError("--prompt and --prompts belong to --mode text, --image to --mode image")
+    images = read_pictures(args.image) if args.image else None
+    images, captions = make_samples(args.mode, vqvae, igpt, tokenizer, SamplingConfig(**given(args, SamplingConfig)),
+                                    captions, images, args.n, lambda: load_data(args.data, log=None), args.seed)
+    path = save_samples(args.out or args.run / "results" / SAMPLE_NAMES[args.mode], images, captions)
+    if args.show:
+        show_in_terminal(images, captions)
+    elif args.mode == "image":
+        print("\n".join(captions))
+    log(f"wrote {path}")
+
+
+def command_eval(args):
+    """mmgen.py eval"""
+    device = pick_device(args.device)
+    vqvae = load_vqvae(args.run / "checkpoints" / "vqvae_model.pth", device)
+    igpt, tokenizer = load_igpt(args.run / "checkpoints" / "igpt_model.pth", vqvae, device)
+    data = load_data(args.data, log=None)
+    figures = evaluate(vqvae, igpt, tokenizer, data.test_images, data.test_captions,
+                       SamplingConfig(**given(args, SamplingConfig)), args.seed)
+    if args.json:
+        print(json.dumps(figures))
+    else:
+        print("\n".join(f"{name:24}{value:10.4f}" for name, value in figures.items()))
+
+
+def command_bench(args):
+    """mmgen.py bench"""
+    rows = bench()
+    if args.json:
+        print(json.dumps([dict(zip(("what", "seconds", "other_seconds", "other"), r), ratio=r[2] / r[1]) for r in rows]))
+        return
+    print(f"{'what':36}{'mmgen':>10}{'other':>10}{'ratio':>8}  other")
+    for what, ours, other, name in rows:
+        print(f"{what:36}{1e3 * ours:7.1f} ms{1e3 * other:7.1f} ms{other / ours:7.1f}x  {name}")
+
+
+def main(argv=None):
+    """The command line; returns the exit status."""
+    try:
+        args = build_parser().parse_args(argv)
+        {"data": command_data, "train": command_train, "sample": command_sample, "eval": command_eval,
+         "bench": command_bench}[args.command](args)
+    except (InputError, OSError) as error:
+        print(f"mmgen: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

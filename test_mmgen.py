@@ -1,0 +1,791 @@
+"""Tests of mmgen.py: `make test`. Everything is tiny; nothing is downloaded."""
+
+import codecs
+import dataclasses
+import gzip
+import json
+import os
+import pickle
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import mmgen
+from mmgen import (Config, InputError, JointTrainer, KVCache, SamplingConfig, Tokenizer, VectorQuantizer, VQVAE,
+                   VQVAETrainer, compute_loss, create_dataset, iGPT, iGPTTrainer, make_sequences)
+
+MMGEN = Path(mmgen.__file__)
+TEXTS = ["dark red seven on light blue", "plain green one on dark red", "light blue two on plain green"]
+
+
+def drawn(n_train=64, n_test=16, size=28, seed=0):
+    return mmgen.make_drawn(n_train, n_test, size, seed)
+
+
+def tiny_config(**changes):
+    return Config(**{**mmgen.PRESETS["tiny"], **changes})
+
+
+def as_pairs(arrays):
+    return mmgen._pairs(arrays, "drawn.npz", None)
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    mmgen.write_drawn(folder, 96, 16)
+    return folder
+
+
+def command(*args, cwd=None, **options):
+    """Run mmgen.py as a user does."""
+    return subprocess.run([sys.executable, str(MMGEN), *map(str, args)], cwd=cwd, text=True, capture_output=True,
+                          timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"}, **options)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, data_dir):
+    """A tiny run of the whole `multi` regime, made by the command line."""
+    folder = tmp_path_factory.mktemp("run")
+    result = command("train", "--phase", "multi", "--preset", "tiny", "--data", data_dir, "--run", folder)
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+def small_models(seed=0, attention=False):
+    torch.manual_seed(seed)
+    vqvae = VQVAE(dim=16, K=24, D=16, attention=attention)
+    tokenizer = Tokenizer(TEXTS, 24)
+    igpt = iGPT(tokenizer.vocab_size, 58, d_model=32, n_heads=2, n_layers=2, dropout=0.0,
+                codebook=vqvae.codebook.weight)
+    return vqvae, tokenizer, igpt
+
+
+# --- data -------------------------------------------------------------------------------------------------------
+
+
+def test_drawn_set_has_the_promised_arrays_and_is_deterministic(tmp_path):
+    for name in ("a", "b"):
+        mmgen.write_drawn(tmp_path / name, 20, 10, 32, seed=5)
+    a, b = ((tmp_path / n / "drawn.npz").read_bytes() for n in "ab")
+    assert a == b
+    with np.load(tmp_path / "a" / "drawn.npz") as file:
+        assert file["train_images"].shape == (20, 32, 32, 3) and file["train_images"].dtype == np.uint8
+        assert file["test_captions"].shape == (10,) and file["test_captions"].dtype.kind == "U"
+        assert all(len(c.split()) == 6 for c in file["train_captions"])
+    mmgen.write_drawn(tmp_path / "c", 20, 10, 32, seed=6)
+    assert (tmp_path / "c" / "drawn.npz").read_bytes() != a
+
+
+def test_drawn_colours_are_those_of_the_caption():
+    arrays = drawn(40, 1)
+    names, values = mmgen.palette()
+    for image, caption in zip(arrays["train_images"], arrays["train_captions"]):
+        words = caption.split()
+        ground = values[names.index(" ".join(words[4:]))]
+        assert (image[0, 0] == ground).all()
+        ink = values[names.index(" ".join(words[:2]))].astype(int)
+        assert np.abs(image.astype(int) - ink).sum(-1).min() < 60
+
+
+def test_drawn_digits_differ_within_a_class_and_can_be_told_apart():
+    labels = np.repeat(np.arange(10), 60)
+    ink = mmgen.draw_digits(labels, 28, np.random.default_rng(0)).reshape(600, -1) / 255.0
+    train, test = ink[::2], ink[1::2]
+    distance = ((test[:, None] - train[None]) ** 2).sum(-1)
+    assert (labels[::2][distance.argmin(1)] == labels[1::2]).mean() > 0.6  # one nearest neighbour, 30 examples a class
+    assert np.unique(ink, axis=0).shape[0] == 600
+
+
+@pytest.mark.parametrize("scale,dtype,name", [(3, np.uint8, "2bit"), (255, np.uint8, "8bit"), (255, np.int64, "8bit"),
+                                              (1, np.float32, "unit"), (1, np.float64, "unit")])
+def test_value_ranges_are_detected(scale, dtype, name):
+    levels = np.random.default_rng(0).integers(0, 4, (5, 8, 8, 3))
+    levels.flat[0] = 3
+    out, found = mmgen.to_uint8((levels / 3 * scale).round().astype(dtype) if scale > 1 else (levels / 3).astype(dtype))
+    assert found == name and out.dtype == np.uint8
+    assert (out == levels * 85).all()
+
+
+@pytest.mark.parametrize("bad", [
+    np.zeros((0, 8, 8, 3), np.uint8), np.zeros((2, 8, 8), np.uint8), np.zeros((2, 8, 8, 4), np.uint8),
+    np.zeros((2, 9, 8, 3), np.uint8), np.full((2, 8, 8, 3), 256), np.full((2, 8, 8, 3), -1),
+    np.full((2, 8, 8, 3), np.nan), np.full((2, 8, 8, 3), np.inf), np.zeros((2, 8, 8, 3), object),
+])
+def test_unusable_pictures_are_refused(bad):
+    with pytest.raises(InputError):
+        mmgen.to_uint8(bad)
+
+
+@pytest.mark.parametrize("layout", ["tuple", "dict"])
+@pytest.mark.parametrize("protocol", [2, 5])
+def test_pickles_are_accepted(tmp_path, layout, protocol):
+    images = np.random.default_rng(0).integers(0, 4, (6, 28, 28, 3)).astype(np.uint8)
+    captions = np.array(TEXTS * 2) if protocol == 5 else TEXTS * 2
+    content = (images, images[:3], captions, captions[:3])
+    if layout == "dict":
+        content = dict(zip(("train_images", "test_images", "train_texts", "test_texts"), content))
+    (tmp_path / "colored_mnist_with_text.pkl").write_bytes(pickle.dumps(content, protocol))
+    data = mmgen.load_data(tmp_path, log=None)
+    assert (data.train_images == images * 85).all() and data.test_captions == TEXTS
+    assert data.vqvae_train is data.train_images  # with one file its pictures serve both
+    (tmp_path / "mnist_colored.pkl").write_bytes(pickle.dumps({"train": images[:4], "test": images[:2]}, protocol))
+    assert mmgen.load_data(tmp_path, log=None).vqvae_train.shape == (4, 28, 28, 3)
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch /tmp/mmgen_was_here",)
+
+
+@pytest.mark.parametrize("content", [Evil(), {"train": Evil(), "test": 0}, codecs.lookup("utf-8").encode, print])
+def test_pickles_with_code_are_refused(tmp_path, content):
+    path = tmp_path / "mnist_colored.pkl"
+    path.write_bytes(pickle.dumps(content))
+    with pytest.raises(InputError, match="refused"):
+        mmgen.load_pickled_data(path)
+    assert not Path("/tmp/mmgen_was_here").exists()
+
+
+def test_raw_mnist(tmp_path):
+    (tmp_path / "mnist").mkdir()
+    rng = np.random.default_rng(0)
+    for prefix, n, suffix in (("train", 12, ""), ("t10k", 6, ".gz")):
+        for kind, array in (("images-idx3", rng.integers(0, 256, (n, 28, 28))), ("labels-idx1", rng.integers(0, 10, n))):
+            raw = b"\0\0\x08" + bytes([array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape)
+            raw += array.astype(np.uint8).tobytes()
+            path = tmp_path / "mnist" / f"{prefix}-{kind}-ubyte{suffix}"
+            path.write_bytes(gzip.compress(raw) if suffix else raw)
+            labels = array
+    data = mmgen.load_data(tmp_path, log=None)
+    assert data.train_images.shape == (12, 28, 28, 3)
+    assert [c.split()[2] for c in data.test_captions] == [mmgen.DIGITS[i] for i in labels]
+    path.write_bytes(gzip.compress(raw[:-1]))
+    with pytest.raises(InputError, match="promises"):
+        mmgen.load_data(tmp_path, log=None)
+
+
+def test_batch_order_is_a_function_of_seed_and_step():
+    order = mmgen.BatchOrder(10, 4, seed=3)
+    first = [b.tolist() for b in order]
+    assert sorted(sum(first, [])) == list(range(10)) and [len(b) for b in first] == [4, 4, 2]
+    order.set_epoch(1)
+    second = [b.tolist() for b in order]
+    assert second != first
+    cut = mmgen.BatchOrder(10, 4, seed=3, steps=2, total=5)
+    seen = []
+    for epoch in range(3):
+        cut.set_epoch(epoch)
+        seen += [b.tolist() for b in cut]
+    assert seen == (first + second)[:5]
+    cut.set_epoch(1, skip=1)
+    assert [b.tolist() for b in cut] == (first + second)[3:4]
+
+
+# --- tokenizer and sequences ------------------------------------------------------------------------------------
+
+
+def test_vocabulary_and_round_trip():
+    tokenizer = Tokenizer(TEXTS, 24)
+    assert tokenizer.all_words[:-4] == sorted(set(" ".join(TEXTS).split()))
+    assert tokenizer.vocab_size == 24 + len(tokenizer.all_words)
+    ids = tokenizer.text_encode(TEXTS[0])
+    assert ids.shape == (6,) and ids.min() >= 24
+    assert tokenizer.text_decode(ids) == tokenizer.text_decode([t[None] for t in ids]) == TEXTS[0]
+    with pytest.raises(InputError, match="'sevn'.*'seven'"):
+        tokenizer.text_encode("dark red sevn on light blue")
+    for bad in ("", "   ", " ".join(["red"] * 7)):
+        with pytest.raises(InputError):
+            tokenizer.text_encode(bad)
+
+
+def test_token_ids_are_stable_across_processes():
+    program = f"import sys; sys.path.insert(0, {str(MMGEN.parent)!r}); import mmgen; " \
+              f"print(mmgen.Tokenizer({TEXTS!r}, 24).text_encode({TEXTS[1]!r}).tolist())"
+    outputs = {subprocess.run([sys.executable, "-c", program], text=True, capture_output=True, check=True,
+                              env={**os.environ, "PYTHONHASHSEED": str(seed)}).stdout for seed in (1, 2)}
+    assert outputs == {str(Tokenizer(TEXTS, 24).text_encode(TEXTS[1]).tolist()) + "\n"}
+
+
+def test_prompts_are_the_beginnings_of_training_sequences():
+    tokenizer = Tokenizer(TEXTS + ["red"], 24)
+    tokens = torch.randint(24, (4, 49))
+    text_ids = tokenizer.encode_batch(TEXTS + ["red"])
+    drawing = make_sequences(tokens, text_ids, tokenizer, "text_image")
+    for row, text in zip(drawing, TEXTS + ["red"]):
+        prompt = mmgen.text_prompt(tokenizer, text)
+        assert (row[: len(prompt)] == prompt).all()
+    reading = make_sequences(tokens, text_ids, tokenizer, "image_text")
+    prompts = mmgen.image_prompts(tokenizer, tokens)
+    assert (reading[:, : prompts.shape[1]] == prompts).all()
+    plain = make_sequences(tokens, text_ids, tokenizer, "plain")
+    assert plain.shape == drawing.shape == reading.shape == (4, 58)
+    t = tokenizer
+    assert plain[0].tolist() == [t.bos_token, *tokens[0], t.end_of_image_token, *t.text_encode(TEXTS[0]),
+                                 t.end_of_text_token]
+    # A short caption: its picture follows at once, the padding stands at the end
+    assert (drawing[3, 4:53] == tokens[3]).all() and (drawing[3, 53:] == t.pad_token).all()
+    assert reading[3, 52:].tolist() == [*t.text_encode("red"), t.end_of_text_token] + [t.pad_token] * 4
+
+
+def test_batches_hold_both_orders_and_every_pair():
+    vqvae, tokenizer, _ = small_models()
+    images = drawn(30, 1)["train_images"]
+    loader = create_dataset(images, TEXTS * 10, vqvae, tokenizer, batch_size=8)
+    batches = list(loader)
+    assert len(loader) == 4 and [tuple(b.shape) for b in batches] == [(8, 58)] * 3 + [(6, 58)]
+    second = torch.cat(batches)[:, 1]
+    assert (second == tokenizer.end_of_text_token).sum() == (second == tokenizer.end_of_image_token).sum() == 15
+
+
+def test_padding_carries_no_loss():
+    tokenizer = Tokenizer(TEXTS + ["red"], 24)
+    rows = make_sequences(torch.randint(24, (2, 49)), tokenizer.encode_batch(["red", TEXTS[0]]), tokenizer, "text_image")
+    weight = mmgen.target_weights(rows, tokenizer.vocab_size, 5.0)
+    assert (weight[0] == 0).sum() == 5 and (weight[1] == 0).sum() == 0 and weight.max() == 1
+    model = iGPT(tokenizer.vocab_size, 58, 32, 2, 2, 0.0)
+    trainer = iGPTTrainer(model, torch.optim.Adam(model.parameters()), "cpu", tokenizer.vocab_size, 58)
+    loss, _ = trainer.loss(rows)
+    log_p = F.log_softmax(model(rows[:, :-1]), -1)
+    wanted = [-log_p[b, t, rows[b, t + 1]] for b in range(2) for t in range(57) if rows[b, t + 1] != tokenizer.pad_token]
+    assert len(wanted) == 2 * 57 - 5
+    assert torch.allclose(loss, torch.stack(wanted).mean(), atol=1e-5)
+
+
+def test_caption_weight_is_on_captions_after_a_picture_only():
+    tokenizer = Tokenizer(TEXTS, 24)
+    tokens, text_ids = torch.randint(24, (1, 49)), tokenizer.encode_batch(TEXTS[:1])
+    weight = {o: mmgen.target_weights(make_sequences(tokens, text_ids, tokenizer, o), tokenizer.vocab_size, 6.0)[0]
+              for o in mmgen.ORDERS}
+    assert weight["image_text"].tolist() == [1.0] * 51 + [6.0] * 6
+    assert weight["text_image"].tolist() == [1.0] * 57
+    assert (weight["plain"] == 6).sum() == 7
+
+
+# --- VQ-VAE -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size,D,attention", [((28, 28), 16, False), ((32, 32), 8, True), ((16, 40), 16, True)])
+def test_vqvae_shapes(size, D, attention):
+    vqvae = VQVAE(16, 24, D, attention, size).eval()
+    x = torch.rand(3, 3, *size) * 2 - 1
+    z_e, z_q, recon = vqvae(x)
+    h, w = size[0] // 4, size[1] // 4
+    assert z_e.shape == z_q.shape == (3, D, h, w) and recon.shape == x.shape
+    tokens = vqvae.get_tokens(x)
+    assert tokens.shape == (3, h, w) and tokens.dtype == torch.int64
+    assert torch.equal(vqvae.decode_tokens(tokens), vqvae.decode_tokens(tokens.flatten(1)))
+    assert torch.allclose(vqvae.decode_tokens(tokens), recon, atol=1e-5)
+    assert vqvae.n_embeddings == 24
+
+
+def test_quantizer_finds_the_nearest_code():
+    quantizer = VectorQuantizer(40, 6).eval()
+    z = torch.randn(2, 6, 3, 3)
+    z_q, tokens = quantizer(z)
+    slow = ((z.movedim(1, -1)[..., None, :] - quantizer.weight) ** 2).sum(-1)  # (2,3,3,40)
+    assert torch.equal(tokens, slow.argmin(-1))
+    assert torch.equal(z_q, quantizer.weight[tokens].movedim(-1, 1))
+
+
+def test_codebook_and_encoder_receive_gradient():
+    vqvae, _, _ = small_models()
+    x = torch.rand(4, 3, 28, 28) * 2 - 1
+    z_e, z_q, recon = vqvae(x)
+    compute_loss(x, recon, z_e, z_q).backward()
+    assert vqvae.codebook.weight.grad.abs().sum() > 0
+    assert vqvae.encoder[0].weight.grad.abs().sum() > 0
+    # The codebook term alone must do it, and must leave the encoder alone
+    vqvae.zero_grad()
+    z_e, z_q, recon = vqvae(x)
+    F.mse_loss(z_q, z_e.detach()).backward()
+    assert vqvae.codebook.weight.grad.abs().sum() > 0 and vqvae.encoder[0].weight.grad is None
+
+
+def test_ema_codebook_moves_without_gradient_and_dead_codes_restart():
+    torch.manual_seed(0)
+    quantizer = VectorQuantizer(8, 4, ema=0.5, restart=3).train()
+    z = torch.randn(4, 4, 5, 5)
+    quantizer(z)
+    assert quantizer.initialized and not quantizer.weight.requires_grad
+    before = quantizer.weight.clone()
+    quantizer(z + 1)
+    assert not torch.equal(before, quantizer.weight)
+    with torch.no_grad():
+        quantizer.weight[0] = quantizer.ema_sum[0] = 1e3  # far from everything
+        for _ in range(5):
+            quantizer(z)
+    assert quantizer.weight[0].abs().max() < 100
+    quantizer.eval()
+    before = quantizer.weight.clone()
+    quantizer(z - 5)
+    assert torch.equal(before, quantizer.weight)
+
+
+# --- iGPT -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prompt", [1, 2, 9, 30])
+def test_cached_logits_are_the_uncached_ones(prompt):
+    _, tokenizer, igpt = small_models()
+    igpt.eval()
+    tokens = make_sequences(torch.randint(24, (3, 49)), tokenizer.encode_batch(TEXTS), tokenizer, "text_image")
+    with torch.no_grad():
+        whole, places = igpt(tokens), igpt.locate(tokens)
+        cache = KVCache(2, 3, 2, 58, 16)
+        pieces = [igpt(tokens[:, :prompt], places[:, :prompt], cache)]  # prefill
+        for t in range(prompt, 50):  # one token a step
+            pieces.append(igpt(tokens[:, t : t + 1], places[:, t : t + 1], cache, t))
+        pieces.append(igpt(tokens[:, 50:], places[:, 50:], cache, 50))  # and a later chunk
+    assert torch.allclose(torch.cat(pieces, 1), whole, atol=1e-5)
+
+
+def test_prompts_of_unlike_length_share_a_batch():
+    tokenizer = Tokenizer(TEXTS + ["red two"], 24)
+    torch.manual_seed(0)
+    igpt = iGPT(tokenizer.vocab_size, 58, 32, 2, 2, 0.0).eval()
+    prompts = [mmgen.text_prompt(tokenizer, t) for t in (TEXTS[0], "red two")]
+    how = SamplingConfig(greedy=True)
+    together = mmgen.generate(igpt, prompts, 20, tokenizer.image_span, how)
+    alone = torch.cat([mmgen.generate(igpt, [p], 20, tokenizer.image_span, how) for p in prompts])
+    assert torch.equal(together, alone)
+
+
+def test_greedy_generation_is_the_uncached_argmax():
+    _, tokenizer, igpt = small_models()
+    row = mmgen.text_prompt(tokenizer, TEXTS[0])[None]
+    out = mmgen.generate(igpt, [row[0]], 12, tokenizer.image_span, SamplingConfig(greedy=True))
+    with torch.no_grad():
+        for _ in range(12):
+            row = torch.cat([row, igpt.eval()(row)[:, -1:, :24].argmax(-1)], 1)
+    assert torch.equal(out[0], row[0, -12:])
+
+
+def test_guidance_changes_logits_as_defined():
+    _, tokenizer, igpt = small_models()
+    igpt.eval()
+    prompt, empty = mmgen.text_prompt(tokenizer, TEXTS[0]), torch.tensor([tokenizer.bos_token, tokenizer.end_of_text_token])
+    out = mmgen.generate(igpt, [prompt], 8, tokenizer.image_span, SamplingConfig(greedy=True, guidance=3.0), None, empty)
+    cond, uncond = prompt[None], empty[None]
+    with torch.no_grad():
+        for _ in range(8):
+            a, b = igpt(cond)[:, -1:, :24], igpt(uncond)[:, -1:, :24]
+            token = (a + 3 * (a - b)).argmax(-1)
+            cond, uncond = torch.cat([cond, token], 1), torch.cat([uncond, token], 1)
+    assert torch.equal(out[0], cond[0, -8:])
+
+
+def test_igpt_is_causal_and_knows_its_limits():
+    _, tokenizer, igpt = small_models()
+    tokens = torch.randint(tokenizer.vocab_size, (2, 58))
+    changed = tokens.clone()
+    changed[:, 40] = (changed[:, 40] + 1) % 24
+    a, b = igpt.eval()(tokens), igpt(changed)
+    assert torch.allclose(a[:, :40], b[:, :40], atol=1e-5) and not torch.allclose(a[:, 40:], b[:, 40:], atol=1e-5)
+    with pytest.raises(InputError):
+        igpt(torch.zeros(1, 59, dtype=torch.long))
+    with pytest.raises(InputError):
+        iGPT(40, 58, d_model=30, n_heads=4)
+
+
+def test_codes_alike_share_embeddings_and_the_codebook_gets_gradient():
+    vqvae, tokenizer, igpt = small_models()
+    assert not any(p is vqvae.codebook.weight for p in igpt.parameters())
+    assert "_codebook" not in " ".join(igpt.state_dict())
+    rows = make_sequences(torch.randint(24, (2, 49)), tokenizer.encode_batch(TEXTS[:2]), tokenizer, "text_image")
+    igpt(rows).square().mean().backward()
+    assert vqvae.codebook.weight.grad.abs().sum() > 0
+
+
+def test_dropout_only_in_training():
+    torch.manual_seed(0)
+    igpt = iGPT(40, 58, 32, 2, 2, dropout=0.5)
+    tokens = torch.randint(36, (2, 20))
+    assert not torch.equal(igpt(tokens), igpt(tokens))
+    igpt.eval()
+    assert torch.equal(igpt(tokens), igpt(tokens))
+
+
+# --- sampling ---------------------------------------------------------------------------------------------------
+
+
+def test_top_k_and_top_p():
+    logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]]))
+    probs = mmgen.logits_to_probs
+    assert torch.allclose(probs(logits), logits.exp())
+    assert torch.allclose(probs(logits, top_k=2), torch.tensor([[0.625, 0.375, 0, 0]]))
+    assert torch.allclose(probs(logits, top_p=0.6), torch.tensor([[0.625, 0.375, 0, 0]]))
+    assert torch.allclose(probs(logits, top_p=0.01), torch.tensor([[1.0, 0, 0, 0]]))
+    assert probs(logits, temperature=0.1).max() > probs(logits).max()
+    assert mmgen.sample_token(logits, SamplingConfig(greedy=True)).tolist() == [0]
+
+
+def test_unconditional_spans_never_mix():
+    _, tokenizer, igpt = small_models()
+    seen = []
+    original = igpt.forward
+    igpt.forward = lambda tokens, *rest, **more: seen.append(tokens) or original(tokens, *rest, **more)
+    tokens, captions = mmgen.sample_pairs(igpt, tokenizer, 49, 40, SamplingConfig(temperature=3.0, top_p=1.0),
+                                          torch.Generator().manual_seed(0))
+    assert tokens.shape == (40, 49) and tokens.min() >= 0 and tokens.max() < 24
+    assert len(captions) == 40 and all(set(c.split()) <= set(tokenizer.words) for c in captions)
+    starts = {tuple(r[:2].tolist()) for t in seen if t.shape[1] == 2 for r in t}
+    assert starts == {(tokenizer.bos_token, tokenizer.end_of_text_token),
+                      (tokenizer.bos_token, tokenizer.end_of_image_token)}  # both orders occurred
+
+
+def test_sampling_is_reproducible():
+    _, tokenizer, igpt = small_models()
+
+    def draw(seed):
+        return mmgen.sample_images(igpt, tokenizer, 49, TEXTS, SamplingConfig(), torch.Generator().manual_seed(seed))
+
+    assert torch.equal(draw(1), draw(1)) and not torch.equal(draw(1), draw(2))
+
+
+# --- training ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("regime", ["two-stage", "single", "multi"])
+def test_loss_falls_in_every_regime(tmp_path, regime, capsys):
+    data = as_pairs(drawn(96, 16))
+    cfg = tiny_config(single_steps=120, vqvae_steps=80, igpt_steps=60, finetune_steps=10)
+    models = mmgen.train_run(tmp_path, regime, cfg, data, torch.device("cpu"))
+    vqvae, igpt, tokenizer = models
+    rows = mmgen.load_checkpoint(tmp_path / "checkpoints" / "state.pth", "state")["rows"]
+    phases = mmgen.REGIMES[regime]
+    assert list(dict.fromkeys(r["phase"] for r in rows)) == list(phases)
+    mse = [r["test_recon_mse"] for r in rows if "test_recon_mse" in r]
+    assert mse[-1] < 0.9 * mse[0]
+    nll = [r["test_nll"] if "test_nll" in r else r["test_loss"] for r in rows if r["phase"] in ("igpt", phases[-1])]
+    assert nll[-1] < nll[0] - 0.1
+    figures = mmgen.evaluate(vqvae, igpt, tokenizer, data.test_images, data.test_captions, SamplingConfig())
+    assert {"recon_mse", "recon_psnr", "codebook_used", "codebook_perplexity", "nll_text_to_image", "nll_image_to_text",
+            "nll_image", "nll_text", "code_accuracy", "caption_exact", "caption_slot_accuracy",
+            "round_trip_exact"} <= figures.keys()
+    assert all(np.isfinite(v) for v in figures.values())
+    uniform = np.log(cfg.vqvae_K)
+    assert figures["nll_image"] < uniform and figures["nll_text"] < np.log(len(tokenizer.words))
+
+
+def joint_trainer(lambda_xent=1.0, **options):
+    vqvae, tokenizer, igpt = small_models()
+    vqvae.train()
+    optimizer = torch.optim.Adam([*vqvae.parameters(), *igpt.parameters()])
+    x = torch.rand(4, 3, 28, 28, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    batch = (x, tokenizer.encode_batch(TEXTS + TEXTS[:1]))
+    vqvae(x)  # data-dependent initialization
+    return JointTrainer("finetune", vqvae, igpt, tokenizer, optimizer, "cpu", lambda_xent=lambda_xent, **options), batch
+
+
+def test_cross_entropy_reaches_encoder_and_codebook():
+    trainer, (x, text_ids) = joint_trainer()
+    z_e = trainer.vqvae.encoder(x)
+    tokens = trainer.vqvae.get_tokens(x).flatten(1)
+    rows = mmgen.mixed_sequences(tokens, text_ids, trainer.tokenizer, trainer.orders)
+    xent = trainer.cross_entropy(rows, z_e)
+    weight = trainer.vqvae.codebook.weight
+    encoder = torch.autograd.grad(xent, trainer.vqvae.encoder[0].weight, retain_graph=True)[0]
+    codebook = torch.autograd.grad(xent, weight, retain_graph=True)[0]
+    assert encoder.abs().sum() > 0 and codebook.abs().sum() > 0
+    # Also without the codebook-linked embeddings: then only the soft targets carry it
+    trainer.igpt._codebook = (weight.detach(),)
+    xent = trainer.cross_entropy(rows, z_e)
+    assert torch.autograd.grad(xent, weight)[0].abs().sum() > 0
+    # And its value is the plain cross-entropy
+    plain = F.cross_entropy(trainer.igpt(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten())
+    assert torch.allclose(xent, plain, atol=1e-5)
+
+
+def test_soft_targets_move_features_to_where_the_transformer_expects_them():
+    trainer, (x, text_ids) = joint_trainer(tau=1.0)
+    z_e = trainer.vqvae.encoder(x).detach().requires_grad_()
+    rows = mmgen.mixed_sequences(trainer.vqvae.get_tokens(x).flatten(1), text_ids, trainer.tokenizer, trainer.orders)
+    wanted = 5
+    with torch.no_grad():
+        trainer.igpt.norm.weight.zero_(), trainer.igpt.norm.bias.fill_(1.0)
+        trainer.igpt.code_out.weight.zero_(), trainer.igpt.head.weight.zero_()
+        trainer.igpt.head.weight[wanted] = 0.3  # code 5 is now the most likely everywhere
+    trainer.cross_entropy(rows, z_e).backward()
+    code = trainer.vqvae.codebook.weight[wanted].detach()[None, :, None, None]
+    step = z_e.detach() - 1e-2 * z_e.grad / z_e.grad.abs().max()
+
+    def share_of_wanted(z):
+        flat = z.movedim(1, -1).flatten(0, 2)
+        return F.softmax(-trainer.vqvae.codebook.distances(flat), 1)[:, wanted].mean()
+
+    assert share_of_wanted(step) > share_of_wanted(z_e.detach())
+    assert code.shape == (1, 16, 1, 1)
+
+
+def test_lambda_warms_up_and_ramps():
+    trainer, _ = joint_trainer(0.5, warmup=10, ramp=10)
+    seen = []
+    for trainer.step in range(30):
+        seen.append(trainer.lambda_now())
+    assert seen[:10] == [0.0] * 10 and seen[19:] == [0.5] * 11 and seen == sorted(seen)
+
+
+def test_parameter_groups_have_a_slower_codebook():
+    vqvae, _, igpt = small_models()
+    groups = {g["name"]: g for g in mmgen.parameter_groups(tiny_config(), vqvae, igpt, 1.0, 0.25)}
+    assert groups["codebook"]["lr"] == 0.25 * groups["vqvae"]["lr"]
+    count = sum(len(g["params"]) for g in mmgen.parameter_groups(tiny_config(), vqvae, igpt))
+    assert count == len(list(vqvae.parameters())) + len(list(igpt.parameters()))
+
+
+def test_frozen_parts_stay_frozen(tmp_path):
+    data = as_pairs(drawn(64, 16))
+    cfg = tiny_config(vqvae_steps=20, igpt_steps=20, finetune_steps=20)
+    mmgen.train_run(tmp_path, "vqvae", cfg, data, torch.device("cpu"))
+    before = mmgen.load_vqvae(tmp_path / "checkpoints" / "vqvae_model.pth").state_dict()
+    vqvae, igpt, _ = mmgen.train_run(tmp_path, "igpt", cfg, data, torch.device("cpu"))
+    assert all(torch.equal(before[k], v) for k, v in vqvae.state_dict().items())
+    igpt_before = {k: v.clone() for k, v in igpt.state_dict().items()}
+    vqvae, igpt, _ = mmgen.train_run(tmp_path, "finetune", cfg, data, torch.device("cpu"))
+    assert not any(torch.equal(before[k], v) for k, v in vqvae.state_dict().items() if k.endswith("weight"))
+    assert not all(torch.equal(igpt_before[k], v) for k, v in igpt.state_dict().items())
+
+
+def test_cosine_scheduler():
+    optimizer = torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = mmgen.create_cosine_scheduler(optimizer, warmup_steps=10, total_steps=110)
+    rates = []
+    for _ in range(120):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step(), scheduler.step()
+    assert rates[:10] == sorted(rates[:10]) and max(rates) == 1.0 and rates[10] == 1.0
+    assert abs(rates[60] - 0.5) < 1e-6 and rates[-1] < 1e-6
+
+
+def test_library_snippets_of_the_notes(tmp_path):
+    """The custom training of the notes, with smaller numbers."""
+    from mmgen import DataProcessor, load_colored_mnist_text, load_pickled_data
+    images = drawn(40, 1)["train_images"] // 85
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps({"train": images[:32], "test": images[32:]}))
+    (tmp_path / "b.pkl").write_bytes(pickle.dumps((images[:32], images[32:], TEXTS * 10 + TEXTS[:2], TEXTS * 2 + TEXTS[:2])))
+    device = "cpu"
+    train_data, test_data = load_pickled_data(tmp_path / "a.pkl")
+    train_data_mm, test_data_mm, train_texts, test_texts = load_colored_mnist_text(tmp_path / "b.pkl")
+    train_loader, test_loader = DataProcessor.prepare_vqvae_data(train_data, test_data, batch_size=8)
+    batch = next(iter(train_loader))
+    assert batch.shape == (8, 3, 28, 28) and batch.min() >= -1 and batch.max() <= 1
+    vqvae = VQVAE(dim=16, K=24, D=16).to(device)
+    trainer = VQVAETrainer(vqvae, torch.optim.Adam(vqvae.parameters(), lr=1e-3), device)
+    train_losses, test_losses = trainer.train(train_loader, test_loader, num_epochs=3)
+    assert len(train_losses) == len(test_losses) == 3 and test_losses[-1] < test_losses[0]
+    text_tokenizer = Tokenizer(train_texts, vqvae.n_embeddings)
+    train_loader_igpt = create_dataset(train_data_mm, train_texts, vqvae, text_tokenizer, batch_size=8)
+    test_loader_igpt = create_dataset(test_data_mm, test_texts, vqvae, text_tokenizer, batch_size=8)
+    vocab_size = vqvae.n_embeddings + len(text_tokenizer.all_words)
+    igpt = iGPT(vocab_size=vocab_size, context_length=58, d_model=32, n_heads=4, n_layers=2).to(device)
+    trainer_igpt = iGPTTrainer(igpt, torch.optim.Adam(igpt.parameters(), lr=1e-3), device, vocab_size, 58)
+    train_losses, test_losses = trainer_igpt.train(train_loader_igpt, test_loader_igpt, num_epochs=3)
+    assert len(train_losses) == 3 and test_losses[-1] < test_losses[0]
+    image = mmgen.generate_from_text(igpt, text_tokenizer, vqvae, TEXTS[0], device)
+    assert image.shape == (1, 3, 28, 28)
+    caption = mmgen.generate_from_image(igpt, text_tokenizer, vqvae, image[0], device)
+    assert isinstance(caption, str)
+    pictures, captions = mmgen.generate_unconditional(igpt, text_tokenizer, vqvae, 3, device)
+    assert pictures.shape == (3, 3, 28, 28) and len(captions) == 3
+    x = mmgen.normalize_images(train_data, method="vqvae")
+    assert x.shape == (32, 3, 28, 28) and x.min() >= -1 and x.max() <= 1
+
+
+# --- files and command line -------------------------------------------------------------------------------------
+
+
+def test_a_run_writes_what_it_promises(trained):
+    for name in ("checkpoints/vqvae_model.pth", "checkpoints/igpt_model.pth", "results/training_curves.csv",
+                 "results/training_curves.ppm"):
+        assert (trained / name).stat().st_size > 0
+    header, *rows = (trained / "results/training_curves.csv").read_text().splitlines()
+    assert {"phase", "step", "train_loss", "test_loss"} <= set(header.split(","))
+    assert [r.split(",")[1] for r in rows] == ["vqvae"] * 10 + ["igpt"] * 10 + ["finetune"] * 10
+    for mode in ("text_conditioned", "image_conditioned", "unconditional"):
+        images = np.load(trained / f"results/{mode}_samples.npy")
+        assert images.shape == (9, 28, 28, 3) and images.dtype == np.uint8
+        assert len((trained / f"results/{mode}_samples.txt").read_text().splitlines()) == 9
+        assert (trained / f"results/{mode}_samples.ppm").read_bytes()[:2] == b"P6"
+
+
+def test_sample_text(trained, data_dir, tmp_path):
+    prompts = mmgen.load_data(data_dir, log=None).test_captions[:2]
+    (tmp_path / "p.txt").write_text("\n".join(prompts) + "\n")
+    outputs = []
+    for out in ("a", "b"):
+        result = command("sample", "--mode", "text", "--run", trained, "--prompts", tmp_path / "p.txt", "--prompt",
+                         prompts[0], "-n", 2, "--out", tmp_path / out, "--seed", 3)
+        assert result.returncode == 0, result.stderr
+        outputs.append((tmp_path / f"{out}.npy").read_bytes())
+    assert outputs[0] == outputs[1]
+    assert np.load(tmp_path / "a.npy").shape == (6, 28, 28, 3)
+    wanted = [prompts[0]] * 2 + [prompts[0]] * 2 + [prompts[1]] * 2
+    assert (tmp_path / "a.txt").read_text().splitlines() == wanted
+
+
+def test_sample_image_from_npy_and_ppm(trained, data_dir, tmp_path):
+    image = mmgen.load_data(data_dir, log=None).test_images[0]
+    np.save(tmp_path / "x.npy", image)
+    (tmp_path / "x.ppm").write_bytes(b"P6\n# a comment\n28 28\n255\n" + image.tobytes())
+    texts = []
+    for name in ("x.npy", "x.ppm"):
+        result = command("sample", "--mode", "image", "--run", trained, "--image", tmp_path / name, "--greedy", "--out",
+                         tmp_path / "out")
+        assert result.returncode == 0, result.stderr
+        texts.append((tmp_path / "out.txt").read_text())
+    assert texts[0] == texts[1] and len(texts[0].splitlines()) == 1
+
+
+def test_sample_unconditional_shown_as_png(trained, data_dir, tmp_path):
+    result = command("sample", "--mode", "unconditional", "--run", trained, "-n", 5, "--out", tmp_path / "u.png", "--show")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("▀") >= 5 * 28 * 14
+    assert (tmp_path / "u.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    assert np.load(tmp_path / "u.npy").shape == (5, 28, 28, 3)
+
+
+def test_eval_json(trained, data_dir):
+    result = command("eval", "--run", trained, "--data", data_dir, "--json")
+    assert result.returncode == 0, result.stderr
+    figures = json.loads(result.stdout)
+    assert figures["recon_psnr"] == pytest.approx(10 * np.log10(4 / figures["recon_mse"]))
+    assert 0 <= figures["caption_exact"] <= figures["caption_slot_accuracy"] <= 1
+
+
+def test_a_32_pixel_run(tmp_path):
+    assert command("data", "--data", tmp_path, "--train", 40, "--test", 8, "--size", 32).returncode == 0
+    result = command("train", "--phase", "multi", "--preset", "tiny", "--data", tmp_path, "--run", tmp_path,
+                     "--vqvae-steps", 10, "--igpt-steps", 10, "--finetune-epochs", 0)
+    assert result.returncode == 0, result.stderr
+    assert np.load(tmp_path / "results/unconditional_samples.npy").shape == (9, 32, 32, 3)
+    assert "finetune" not in (tmp_path / "results/training_curves.csv").read_text()
+
+
+def test_data_is_drawn_when_there_is_none(tmp_path, monkeypatch):
+    monkeypatch.setattr(mmgen, "write_drawn", lambda folder: mmgen.atomic_write(folder / "drawn.npz", SMALL_DRAWN))
+    status = mmgen.main(["train", "--phase", "vqvae", "--preset", "tiny", "--vqvae-steps", "2", "--data",
+                         str(tmp_path / "d"), "--run", str(tmp_path)])
+    assert status == 0 and (tmp_path / "checkpoints/vqvae_model.pth").exists()
+
+
+def test_resume_gives_the_same_weights(tmp_path, data_dir):
+    cfg, data = tiny_config(vqvae_steps=20, igpt_steps=20, finetune_steps=10), mmgen.load_data(data_dir, log=None)
+    mmgen.train_run(tmp_path / "whole", "multi", cfg, data, torch.device("cpu"))
+    stops = iter([("vqvae", 7), ("igpt", 5), ("igpt", 16), ("finetune", 3)])
+
+    class Killed(Exception):
+        pass
+
+    original = mmgen.Run.on_step
+    target = next(stops)
+
+    def on_step(self, trainer):
+        original(self, trainer)
+        if trainer.step % 3 == 0:
+            self.save(trainer)
+        if (trainer.phase, trainer.step) == target:
+            raise Killed
+
+    mmgen.Run.on_step = on_step
+    try:
+        kills = 0
+        while True:
+            try:
+                torch.manual_seed(1234 + kills)  # a new process has other hidden state
+                mmgen.train_run(tmp_path / "cut", "multi", cfg, data, torch.device("cpu"), resume=True)
+                break
+            except Killed:
+                kills, target = kills + 1, next(stops, None)
+    finally:
+        mmgen.Run.on_step = original
+    assert kills == 4
+    for name in ("vqvae_model.pth", "igpt_model.pth"):
+        a, b = (torch.load(tmp_path / f / "checkpoints" / name, weights_only=True)["model"] for f in ("whole", "cut"))
+        assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("args,message", [
+    (["train"], "--phase"),
+    (["train", "--phase", "never"], "never"),
+    (["train", "--phase", "multi", "--vqvae-lr", "-1"], "range"),
+    (["train", "--phase", "igpt", "--data", "{data}", "--run", "{tmp}"], "does not exist"),
+    (["train", "--phase", "multi", "--data", "{data}", "--run", "{run}"], "holds a run"),
+    (["train", "--phase", "multi", "--resume", "--preset", "tiny", "--vqvae-lr", "0.5", "--data", "{data}", "--run",
+      "{run}"], "vqvae_lr"),
+    (["sample", "--mode", "text", "--run", "{run}", "--prompt", "dark red sevn on light blue"], "did you mean"),
+    (["sample", "--mode", "text", "--run", "{run}", "--prompt", ""], "has 0 words"),
+    (["sample", "--mode", "text", "--run", "{tmp}"], "does not exist"),
+    (["sample", "--mode", "image", "--run", "{run}", "--image", "{tmp}/none.npy"], "does not exist"),
+    (["sample", "--mode", "image", "--run", "{run}", "--image", "{junk}"], "neither"),
+    (["eval", "--run", "{run}", "--data", "{tmp}"], "no data"),
+    (["data", "--size", "30", "--data", "{tmp}"], "divisible by 4"),
+    (["eval", "--device", "quantum", "--run", "{run}"], "quantum"),
+])
+def test_errors_are_one_line(args, message, trained, data_dir, tmp_path):
+    (tmp_path / "junk").write_bytes(b"what is this?")
+    places = dict(data=data_dir, run=trained, tmp=tmp_path, junk=tmp_path / "junk")
+    result = command(*[a.format(**places) for a in args], cwd=tmp_path)
+    lines = [line for line in result.stderr.splitlines() if not line.startswith(("preset", str(data_dir)))]
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert lines[-1].startswith("mmgen: error: ") and message in lines[-1] and len(lines) == 1, result.stderr
+
+
+def test_ctrl_c_saves_and_exits_130(tmp_path, data_dir):
+    process = subprocess.Popen([sys.executable, str(MMGEN), "train", "--phase", "vqvae", "--preset", "tiny",
+                                "--vqvae-steps", "100000", "--data", str(data_dir), "--run", str(tmp_path)],
+                               stderr=subprocess.PIPE, text=True)
+    state = tmp_path / "checkpoints" / "state.pth"
+    while not state.exists() and process.poll() is None:
+        pass
+    process.send_signal(2)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130 and "--resume" in stderr and "Traceback" not in stderr
+    assert mmgen.load_checkpoint(state, "state")["trainer"]["step"] >= 1
+
+
+def test_a_finished_run_changes_nothing(trained, data_dir):
+    before = {p: p.read_bytes() for p in trained.rglob("*") if p.is_file()}
+    result = command("train", "--phase", "multi", "--preset", "tiny", "--data", data_dir, "--run", trained, "--resume")
+    assert result.returncode == 0 and "finished" in result.stderr
+    assert before == {p: p.read_bytes() for p in trained.rglob("*") if p.is_file()}
+
+
+def test_an_igpt_of_other_codes_is_refused(trained, tmp_path):
+    vqvae = mmgen.load_vqvae(trained / "checkpoints" / "vqvae_model.pth")
+    with torch.no_grad():
+        vqvae.codebook.weight[0] += 1
+    with pytest.raises(InputError, match="codes of another"):
+        mmgen.load_igpt(trained / "checkpoints" / "igpt_model.pth", vqvae)
+
+
+def test_bench_prints_ratios():
+    result = command("bench", "--json")
+    assert result.returncode == 0, result.stderr
+    assert all(row["ratio"] > 1 for row in json.loads(result.stdout))
+
+
+def test_importing_does_nothing():
+    program = f"import sys; sys.path.insert(0, {str(MMGEN.parent)!r}); import torch; before = torch.get_rng_state(); " \
+              "import mmgen; assert (before == torch.get_rng_state()).all()"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.returncode == 0 and result.stdout == "" and result.stderr == ""
+
+
+SMALL_DRAWN = b""
+
+
+def _small_drawn():
+    import io
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **drawn(32, 8))
+    return buffer.getvalue()
+
+
+SMALL_DRAWN = _small_drawn()
