@@ -6,36 +6,38 @@
 # ///
 """mmgen: a small multimodal generative model in one file, to run, to read and to copy from.
 
-A VQ-VAE turns a picture into a grid of discrete tokens. An iGPT (a decoder-only transformer) models picture
-tokens and caption words as ONE sequence, so one network draws a caption, captions a picture, or makes up both.
+A VQ-VAE turns a picture into a grid of discrete tokens. An iGPT (a decoder-only transformer) models
+picture tokens and caption words as ONE sequence, so one network draws a caption, captions a
+picture, or makes up both.
 
-    python mmgen.py train --phase multi            # data if there is none, VQ-VAE, iGPT, fine-tune, samples
+    python mmgen.py train --phase multi    # data if there is none, VQ-VAE, iGPT, fine-tune, samples
     python mmgen.py sample --mode text --prompt "dark red seven on light blue" --show
-    python mmgen.py sample --mode image            # captions for the first 9 test pictures
-    python mmgen.py eval --json                    # every figure over the test split
+    python mmgen.py sample --mode image    # captions for the first 9 test pictures
+    python mmgen.py eval --json            # every figure over the test split
 
-Read it from top to bottom:
-    config - data - tokenizer - VQ-VAE - iGPT - sequences - training - sampling - evaluation - files - command line
+Read it from top to bottom: config - data - tokenizer - VQ-VAE - iGPT - sequences - training -
+sampling - evaluation - files - command line.
 
 Symbols used in every shape comment:
-    B  batch                    H, W  picture height, width       h, w  token grid: H/4, W/4
-    N  = h*w, tokens a picture  K     codes in the codebook       D     length of a code vector
-    T  tokens in a sequence     L     words in the longest caption
+    B  batch                   H, W  picture height, width     h, w  token grid: H/4, W/4
+    N  = h*w, tokens a picture    K  codes in the codebook        D  length of a code vector
+    T  tokens in a sequence       L  words in the longest caption
     V  vocabulary = K codes, then the sorted caption words, then four specials (EOT, EOI, BOS, PAD)
-    d  width of the transformer    z_e  encoder output    z_q  the nearest code vectors
+    d  width of the transformer   z_e  encoder output    z_q  the nearest code vectors
 
-A pair of picture and caption is a ring, IMAGE EOI TEXT EOT; a training sequence is BOS and the ring read from some
-starting point. EOI and EOT therefore also say what comes NEXT: after EOT a picture, after EOI a caption.
+A pair of picture and caption is a ring, IMAGE EOI TEXT EOT; a training sequence is BOS and the ring
+read from some starting point. So EOI and EOT also say what comes NEXT: after EOT a picture, after
+EOI a caption.
 
 Where this departs from the two original notes, and why:
-  * Their codebook never learns: both VQ terms detach z_q. Ours is mean((z_q - sg[z_e])^2), van den Oord's.
-  * Their distances build an (N, K, D) tensor. |z-e|^2 = |z|^2 - 2 z.e + |e|^2 needs one matrix product.
-  * Their training table starts BOS IMAGE, but their prompts start BOS EOI TEXT and BOS EOT IMAGE, which no training
-    sequence ever showed. We train on exactly the two orders that are prompted ("plain" is there with --orders).
-  * Their cache grows by concatenation at every token. Ours is allocated once and written at an explicit position.
-  * Their one-phase loss sends no gradient from the transformer to the encoder (an argmin has none). Ours aims the
-    cross-entropy at softmax(-|z_e - e_k|^2 / tau), which moves with encoder and codebook.
-  * Their vocabulary counts specials among the words, and so does ours: `all_words` ends with the four specials.
+  * Their codebook never learns: both VQ terms detach z_q. Ours is mean((z_q - sg[z_e])^2), van den
+    Oord's.
+  * Their distances build an (N, K, D) tensor. |z-e|^2 = |z|^2 - 2 z.e + |e|^2 is a matrix product.
+  * They train on BOS IMAGE ... but prompt with BOS EOI TEXT and BOS EOT IMAGE, which no training
+    sequence showed. We train on the two orders that are prompted (`--orders plain` is theirs).
+  * Their cache grows by concatenation at every token. Ours is allocated once, position explicit.
+  * Their one-phase loss sends no gradient from the transformer to the encoder (an argmin has none).
+    Ours aims the cross-entropy at softmax(-|z_e - e_k|^2 / tau), which moves with both.
 """
 
 import argparse
@@ -51,6 +53,7 @@ import json
 import math
 import os
 import pickle
+import re
 import signal
 import struct
 import sys
@@ -68,95 +71,103 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 
 class InputError(ValueError):
-    """Something the user gave cannot be used. main() prints it as one line and exits with status 2."""
+    """What the user gave cannot be used. main() prints it as one line and exits with status 2."""
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Config: every hyperparameter, its default, its range and what it is good for, in one place
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Config: every hyperparameter, its default, its range and its reason, in one place
+# --------------------------------------------------------------------------------------------------
 
 
 def knob(default, text, low=None, high=None, choices=None):
-    """A dataclass field that also carries what the command line needs: help text, range, choices."""
-    return dataclasses.field(default=default, metadata=dict(help=text, low=low, high=high, choices=choices))
+    """A dataclass field that also carries what the command line needs: help text, range,
+    choices."""
+    return dataclasses.field(default=default, metadata=dict(
+        help=text, low=low, high=high, choices=choices))
 
 
 @dataclass
 class Config:
-    """The training configuration. These defaults are the original notes' (preset `full`); PRESETS lists the others.
-
-    A field called vqvae_dim is the flag --vqvae-dim. Lengths are in epochs, or in steps where *_steps is not 0.
-    """
+    """The training configuration. The defaults are the original notes' (preset `full`), the other
+    presets are in PRESETS. A field vqvae_dim is the flag --vqvae-dim. Lengths are in epochs, or in
+    steps where *_steps is not 0."""
 
     # VQ-VAE
-    vqvae_dim: int = knob(256, "channels of encoder and decoder; 64 is a quarter as good and 12 times as fast", 4, 4096)
-    vqvae_K: int = knob(128, "codes in the codebook; more codes sharpen colours and cost the iGPT", 2, 65536)
-    vqvae_D: int = knob(256, "length of a code vector; equal to vqvae_dim unless memory is short", 1, 4096)
-    attention: bool = knob(False, "one self-attention layer on the token grid on each side of the codebook")
-    beta: float = knob(0.25, "commitment weight; 0.1 to 2 work alike (van den Oord et al.)", 0, 100)
-    ema: float = knob(0.0, "decay of EMA codebook updates, 0.99 is usual; 0: the codebook learns by gradient", 0, 1)
-    restart: int = knob(100, "move a code not used for this many batches onto a random feature; 0: never", 0, 10**9)
+    vqvae_dim: int = knob(256, "channels of encoder and decoder; 64 is 12 times as fast", 4, 4096)
+    vqvae_K: int = knob(128, "codes; more sharpen pictures and cost the iGPT time", 2, 65536)
+    vqvae_D: int = knob(256, "length of a code; vqvae_dim or less", 1, 4096)
+    attention: bool = knob(False, "self-attention on the token grid, on both sides of the codebook")
+    beta: float = knob(0.25, "commitment weight; 0.1 to 2 work", 0, 100)
+    ema: float = knob(0.0, "decay of EMA codes in phase 1; 0: they learn by gradient", 0, 0.9999)
+    delay: int = knob(0, "steps of phase 1 before pictures are quantized at all", 0, 10**9)
+    restart: int = knob(100, "restart codes unused for this many batches; 0: never", 0, 10**9)
     vqvae_epochs: int = knob(30, "length of phase 1", 0, 10**6)
     vqvae_steps: int = knob(0, "the same in steps; 0: count epochs", 0, 10**9)
-    vqvae_batch_size: int = knob(128, "pictures a step; per second, small batches learn more on a CPU", 1, 10**6)
-    vqvae_lr: float = knob(1e-3, "learning rate of phase 1", 0, 10)
-    vqvae_decay: bool = knob(False, "warm-up and cosine decay in phase 1, too (the notes have them for the iGPT only)")
+    vqvae_batch_size: int = knob(128, "pictures a step; on a CPU 32 learns most a second", 1, 10**6)
+    vqvae_lr: float = knob(1e-3, "learning rate of the VQ-VAE", 0, 10)
+    vqvae_decay: bool = knob(False, "warm-up and cosine decay in phase 1 as in phase 2")
     # iGPT
     d_model: int = knob(128, "width", 4, 8192)
-    n_heads: int = knob(4, "attention heads; must divide the width", 1, 256)
+    n_heads: int = knob(4, "attention heads; they divide the width", 1, 256)
     n_layers: int = knob(4, "blocks", 1, 256)
-    dropout: float = knob(0.1, "dropout on both branches of a block; 0 if no picture is seen more than a few times", 0, 0.9)
-    link: bool = knob(True, "build picture-token embeddings and output rows from the codebook")
-    orders: str = knob("image_text,text_image", "orders of a pair's sequence, comma-separated: also 'plain'")
-    caption_weight: float = knob(1.0, "weight of a caption's words after a picture; 5 to 10 make exact captions", 0, 1e4)
-    copies: int = knob(0, "augmented copies (shift, turn, zoom) of the training pictures whose tokens are added", 0, 1000)
+    dropout: float = knob(0.1, "on both branches of a block; 0 for runs of few epochs", 0, 0.9)
+    link: bool = knob(True, "build code embeddings and output rows from the codebook")
+    orders: str = knob("image_text,text_image", "orders of sequences, comma-separated; also plain")
+    caption_weight: float = knob(1.0, "weight of words after a picture; 5 to 10 read best", 0, 1e4)
+    copies: int = knob(0, "augmented copies (shifted, turned, zoomed) of the pictures", 0, 1000)
     igpt_epochs: int = knob(30, "length of phase 2", 0, 10**6)
     igpt_steps: int = knob(0, "the same in steps; 0: count epochs", 0, 10**9)
     igpt_batch_size: int = knob(128, "sequences a step", 1, 10**6)
-    igpt_lr: float = knob(1e-3, "learning rate of phase 2", 0, 10)
-    warmup: float = knob(0.05, "share of a phase in which its learning rate rises from 0", 0, 1)
+    igpt_lr: float = knob(1e-3, "learning rate of the iGPT", 0, 10)
+    warmup: float = knob(0.05, "share of a phase in which its learning rate rises", 0, 1)
     # Joint training: `single` and phase 3
     single_epochs: int = knob(30, "length of `single`", 0, 10**6)
     single_steps: int = knob(0, "the same in steps; 0: count epochs", 0, 10**9)
     finetune_epochs: int = knob(3, "length of phase 3, 5-20 %% of phase 1; 0 skips it", 0, 10**6)
     finetune_steps: int = knob(0, "the same in steps; 0: count epochs", 0, 10**9)
-    finetune_lr: float = knob(0.1, "phase 3's learning rates, as a factor on those of phases 1 and 2", 0, 10)
-    codebook_lr: float = knob(0.3, "the codebook's learning rate in joint training, as a factor on the VQ-VAE's", 0, 10)
-    lambda_xent: float = knob(0.5, "weight of the cross-entropy in the joint loss; 0.1 to 1", 0, 1000)
-    lambda_warmup: float = knob(0.3, "share of `single` with lambda 0, while the codes still move about", 0, 1)
-    lambda_ramp: float = knob(0.1, "share of `single` in which lambda rises to its full value", 0, 1)
-    tau: float = knob(0.5, "temperature of soft targets, in units of the mean squared quantization error", 1e-3, 1000)
+    finetune_lr: float = knob(0.1, "learning rates of phase 3, relative to phases 1 and 2", 0, 10)
+    codebook_lr: float = knob(0.3, "the codebook's rate in joint training, relative", 0, 10)
+    lambda_xent: float = knob(0.5, "weight of the cross-entropy in joint training; 0.1-1", 0, 1e3)
+    lambda_warmup: float = knob(0.3, "share of `single` before lambda leaves 0", 0, 1)
+    lambda_ramp: float = knob(0.1, "share of `single` in which lambda rises", 0, 1)
+    tau: float = knob(0.5, "temperature of soft targets, in mean quantization errors", 1e-3, 1e3)
     # General
-    optimizer: str = knob("adam", "'muon': orthogonalized momentum for the iGPT's matrices, Adam for the rest",
+    optimizer: str = knob("adam", "muon: orthogonalized momentum for weight matrices, Adam else",
                           choices=("adam", "muon"))
+    muon_lr: float = knob(0.02, "learning rate of the matrices under muon", 0, 10)
     clip: float = knob(1.0, "largest norm of the gradient", 0, 1e9)
-    value_range: str = knob("auto", "values of the pictures in the pickles", choices=("auto", "2bit", "8bit", "unit"))
+    precision: str = knob("auto", "of training: bf16 where the hardware has it, or as said",
+                          choices=("auto", "fp32", "bf16"))
+    value_range: str = knob("auto", "values of the pictures in pickles: 0-3, 0-255 or 0-1",
+                            choices=("auto", "2bit", "8bit", "unit"))
     seed: int = knob(0, "seed of weights, batches and noise", 0, 2**31)
 
 
 PRESETS = {
     "full": {},
+    # Small batches, no dropout: a laptop sees each picture a few times only, and what counts is
+    # learning per second. Lengths are in steps, so that the time does not depend on the data.
     "laptop": dict(
-        vqvae_dim=64, vqvae_D=64, vqvae_K=512, attention=True, vqvae_steps=4000, vqvae_batch_size=32, vqvae_lr=2e-3,
-        vqvae_decay=True, dropout=0.0, igpt_steps=3000, igpt_batch_size=32, igpt_lr=2e-3, caption_weight=6.0,
-        copies=2, single_steps=4000, finetune_steps=400,
-    ),
+        vqvae_dim=64, vqvae_D=64, vqvae_K=512, attention=True, beta=0.5, ema=0.98, delay=100,
+        restart=50, vqvae_steps=4000, vqvae_batch_size=32, vqvae_lr=3e-3, vqvae_decay=True,
+        dropout=0.0, igpt_steps=3000, igpt_batch_size=32, igpt_lr=2e-3, caption_weight=6.0,
+        single_steps=4000, finetune_steps=400, optimizer="muon"),
     "tiny": dict(
-        vqvae_dim=16, vqvae_D=16, vqvae_K=32, vqvae_steps=60, vqvae_batch_size=16, vqvae_lr=3e-3, d_model=32, n_heads=2,
-        n_layers=2, igpt_steps=60, igpt_batch_size=16, igpt_lr=3e-3, single_steps=80, finetune_steps=10,
-    ),
+        vqvae_dim=16, vqvae_D=16, vqvae_K=32, vqvae_steps=60, vqvae_batch_size=16, vqvae_lr=3e-3,
+        d_model=32, n_heads=2, n_layers=2, igpt_steps=60, igpt_batch_size=16, igpt_lr=3e-3,
+        single_steps=80, finetune_steps=10, precision="fp32"),
 }
 
 
 @dataclass
 class SamplingConfig:
-    """How a token is chosen. Library calls and the command line share these defaults."""
+    """How a token is chosen; the library and the command line share these defaults."""
 
     temperature: float = knob(1.0, "below 1: safer, above: wilder", 1e-3, 100)
     top_k: int = knob(0, "only the k most likely tokens; 0: all", 0, 10**6)
-    top_p: float = knob(0.95, "only the most likely tokens that hold this share of the probability", 1e-6, 1)
+    top_p: float = knob(0.95, "only the most likely tokens, down to this share in sum", 1e-6, 1)
     greedy: bool = knob(False, "always the most likely token")
-    guidance: float = knob(1.0, "classifier-free guidance of pictures by their caption; 0: none", 0, 100)
+    guidance: float = knob(2.0, "classifier-free guidance of pictures by captions; 0: none", 0, 100)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -208,7 +219,7 @@ STROKES = [
     5000 2512 2535 5048 7535 7512 5000 / 5048 2065 1885 5099 8285 8065 5048;
     8512 5000 2518 5045 7878 5099 2085 5055 8518; 8515 4502 1015 2538 5050 6280 4595 4068 8515;
     2095 4055 7520 5001 2518 4548 8088 5099 2095; 8010 4503 2022 5047 7278 5099 2085 5045 8505""",
-    # 9: plain, hooked, bent tail, open, closing hook, curved stick, ring and stick, narrow, big ring
+    # 9: plain, hooked, bent tail, open, closing hook, curved stick, ring on stick, narrow, big ring
     """8015 5002 2018 2042 4550 7540 8212! 8050 7599; 7812 4502 1825 3048 6545 8010! 8355 6592 2595;
     8018 5503 2018 2042 5050 7835 8215 8250 7280 3598; 8805 5008 2035 3548 6540 8515! 6550 5099;
     7815 5002 2822 4548 7815! 8055 7588 4599 2588 2875; 7005 3508 2028 3042 6035 7808! 7550 6099;
@@ -334,24 +345,21 @@ def draw_digits(labels, size, rng):
     return ink
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Data: three sources, one result. Pictures stay uint8 until the moment they are batched: a quarter of the memory.
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Data: three sources, one result. Pictures stay uint8 until they are batched, to save memory
+# --------------------------------------------------------------------------------------------------
 
 DIGITS = "zero one two three four five six seven eight nine".split()
 
-# The palette of the embedded set: hue (in [0,1) round the colour wheel) by shade (saturation, value).
-HUES = dict(red=0.0, orange=0.075, yellow=0.16, green=0.34, cyan=0.5, blue=0.63, purple=0.77, pink=0.9)
+# The embedded set's palette: hue (in [0,1) round the colour wheel) by shade (saturation, value)
+HUES = dict(red=0, orange=.075, yellow=.16, green=.34, cyan=.5, blue=.63, purple=.77, pink=.9)
 SHADES = dict(light=(0.38, 1.0), plain=(1.0, 0.95), dark=(1.0, 0.5))
 
 
 @dataclass
 class Pairs:
-    """What every source delivers. Images are uint8 (N,H,W,3) in 0..255; captions are lists of str.
-
-    The vqvae_* pictures may be others than those of the pairs (the notes use two files).
-    """
-
+    """What every source delivers: images uint8 (N,H,W,3) in 0..255, captions as lists of str. The
+    vqvae_* pictures may be others than those of the pairs (the notes use two files)."""
     train_images: np.ndarray
     test_images: np.ndarray
     train_captions: list
@@ -363,55 +371,47 @@ class Pairs:
 
 def palette():
     """Names 'light red', ... (24) and their RGB values, uint8 (24,3)."""
-    names, values = [], []
-    for shade, (saturation, value) in SHADES.items():
-        for hue_name, hue in HUES.items():
-            # HSV to RGB, one channel each for n = 5, 3, 1 (the closed form from the HSV article of Wikipedia)
-            k = (np.array([5, 3, 1]) + hue * 6) % 6
-            rgb = value - value * saturation * np.clip(np.minimum(k, 4 - k), 0, 1)
-            names.append(f"{shade} {hue_name}")
-            values.append(np.round(255 * rgb))
-    return names, np.array(values, np.uint8)
+    names = [f"{shade} {hue}" for shade in SHADES for hue in HUES]
+    hsv = np.array([(hue, *shade) for shade in SHADES.values() for hue in HUES.values()])  # (24,3)
+    hue, saturation, value = hsv.T[..., None]  # (24,1) each
+    # HSV to RGB, a channel each for n = 5, 3, 1 (the closed form in Wikipedia's HSV article)
+    k = (np.array([5, 3, 1]) + hue * 6) % 6  # (24,3)
+    rgb = value - value * saturation * np.clip(np.minimum(k, 4 - k), 0, 1)
+    return names, np.round(255 * rgb).astype(np.uint8)
 
 
 def colorize(ink, labels, rng):
-    """Colour grey digits and caption them: 'dark red seven on light blue'.
-
-    ink uint8 (N,H,W), 0 = paper and 255 = ink; labels (N,) 0..9 -> images uint8 (N,H,W,3), captions (N,) str.
-    """
+    """Colour grey digits and caption them: 'dark red seven on light blue'. ink uint8 (N,H,W), 255
+    is ink; labels (N,) 0..9 -> images uint8 (N,H,W,3), captions (N,) unicode."""
     names, values = palette()
-    far = np.abs(values[:, None].astype(int) - values[None]).sum(-1) > 150  # (24,24): legible on each other?
+    far = np.abs(values[:, None].astype(int) - values).sum(-1) > 150  # (24,24): a legible pair?
     fore = rng.integers(len(names), size=len(ink))
     back = np.array([rng.choice(np.flatnonzero(far[f])) for f in fore])
     images = np.empty((*ink.shape, 3), np.uint8)
-    for i in range(0, len(ink), 1000):  # in chunks: the float pictures are 12 times the size of the grey ones
+    for i in range(0, len(ink), 1000):  # in chunks: the float pictures are 12 times as large as ink
         alpha = ink[i : i + 1000, ..., None] / np.float32(255)
-        a, b = (values[c[i : i + 1000]][:, None, None].astype(np.float32) for c in (fore, back))  # (n,1,1,3)
-        images[i : i + 1000] = np.round(b + (a - b) * alpha)
+        a, b = (values[c[i : i + 1000]][:, None, None].astype(np.float32) for c in (fore, back))
+        images[i : i + 1000] = np.round(b + (a - b) * alpha)  # a, b (n,1,1,3), alpha (n,H,W,1)
     captions = [f"{names[f]} {DIGITS[d]} on {names[b]}" for f, d, b in zip(fore, labels, back)]
     return images, np.array(captions)
 
 
 def make_drawn(n_train, n_test, size, seed):
-    """The embedded data set: digits drawn from pen strokes, coloured, captioned. Same arguments, same bytes.
-
-    Returns the four arrays of drawn.npz: train_images, test_images uint8 (N,size,size,3), train_captions,
-    test_captions (N,) unicode.
-    """
+    """The embedded set, digits drawn from pen strokes -> the four arrays of drawn.npz:
+    train_images, test_images uint8 (N,size,size,3), train_captions, test_captions (N,) unicode.
+    Same arguments, same bytes."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(10, size=n_train + n_test)
     images, captions = colorize(draw_digits(labels, size, rng), labels, rng)
-    return dict(
-        train_images=images[:n_train], test_images=images[n_train:],
-        train_captions=captions[:n_train], test_captions=captions[n_train:],
-    )
+    return dict(train_images=images[:n_train], test_images=images[n_train:],
+                train_captions=captions[:n_train], test_captions=captions[n_train:])
 
 
 class SafeUnpickler(pickle.Unpickler):
-    """Unpickles arrays, lists, tuples, dicts, strings and numbers, and nothing that could run code.
+    """Unpickles arrays, containers, strings and numbers, and nothing that could run code.
 
-    A pickle is a program: it may name any importable function and call it. So find_class, the one door to names,
-    knows a fixed list (NumPy's array constructors under their old and new module paths) and refuses the rest.
+    A pickle is a program: it may name any importable function and call it. So find_class, the one
+    door to names, knows NumPy's array constructors (old and new module paths) and refuses the rest.
     """
 
     ALLOWED = {"_reconstruct", "scalar", "ndarray", "dtype", "_frombuffer", "encode"}
@@ -421,14 +421,14 @@ class SafeUnpickler(pickle.Unpickler):
     def find_class(self, module, name):
         """The object called `name` in `module`; raises InputError unless a data set needs it."""
         if module not in self.MODULES or name not in self.ALLOWED:
-            raise InputError(f"the pickle asks for {module}.{name}, which no picture data needs: refused")
-        if np.__version__ < "2":  # files written by NumPy 2 name numpy._core, which NumPy 1 calls numpy.core
+            raise InputError(f"it asks for {module}.{name}, which no picture data needs: refused")
+        if np.__version__ < "2":  # NumPy 2 writes numpy._core, which NumPy 1 calls numpy.core
             module = module.replace("numpy._core", "numpy.core")
         return super().find_class(module, name)
 
 
 def unpickle(path):
-    """The content of a pickle of arrays and captions. Raises InputError for a file that is broken or hostile."""
+    """The content of a pickle of arrays and texts. Raises InputError if it is broken or hostile."""
     try:
         with open(path, "rb") as file:
             return SafeUnpickler(file).load()
@@ -437,27 +437,28 @@ def unpickle(path):
     except (OSError, MemoryError):
         raise
     except Exception as error:  # a damaged pickle can raise almost anything
-        raise InputError(f"{path}: not a readable pickle ({type(error).__name__}: {error})") from None
+        raise InputError(f"{path}: no readable pickle ({type(error).__name__}: {error})") from None
 
 
 def to_uint8(images, name="images", value_range="auto"):
-    """Bring pictures of any accepted value range to uint8 0..255.
+    """Bring pictures of any accepted value range to 0..255 -> (uint8 array, name of the range).
 
-    images (N,H,W,3): integers {0..3} (two bits a channel) or 0..255, or floats in [0,1]. value_range is 'auto' (look
-    at the largest value), '2bit', '8bit' or 'unit'. Returns (uint8 array, the name of the range). Raises InputError
-    for anything else: wrong shape, H or W not divisible by 4, values outside the range, NaN.
+    images (N,H,W,3): integers {0..3} (two bits a channel) or 0..255, or floats in [0,1].
+    value_range: 'auto' (look at the largest value), '2bit', '8bit' or 'unit'. Raises InputError for
+    anything else: wrong shape, H or W not divisible by 4, values outside the range, NaN.
     """
     images = np.asarray(images)
     if images.ndim != 4 or images.shape[3] != 3 or images.dtype.kind not in "uif":
-        raise InputError(f"{name}: want numbers of shape (N,H,W,3), found {images.dtype} {images.shape}")
-    if not len(images) or images.shape[1] % 4 or images.shape[2] % 4 or 0 in images.shape:
-        raise InputError(f"{name}: want at least one picture with H and W divisible by 4, found {images.shape}")
+        raise InputError(f"{name}: want numbers (N,H,W,3), found {images.dtype} {images.shape}")
+    if 0 in images.shape or images.shape[1] % 4 or images.shape[2] % 4:
+        raise InputError(f"{name}: want pictures, H and W divisible by 4, found {images.shape}")
     low, high = images.min(), images.max()
     if value_range == "auto":
-        value_range = "unit" if images.dtype.kind == "f" and high <= 1 else "2bit" if high <= 3 else "8bit"
+        unit = images.dtype.kind == "f" and high <= 1
+        value_range = "unit" if unit else "2bit" if high <= 3 else "8bit"
     limit = {"2bit": 3, "8bit": 255, "unit": 1}[value_range]
     if not (low >= 0 and high <= limit):  # written so that NaN fails, too
-        raise InputError(f"{name}: values from {low} to {high} do not fit {value_range} (0 to {limit})")
+        raise InputError(f"{name}: {low} to {high} does not fit {value_range} (0 to {limit})")
     if value_range == "8bit" and images.dtype == np.uint8:
         return images, value_range
     out = np.empty(images.shape, np.uint8)
@@ -467,42 +468,46 @@ def to_uint8(images, name="images", value_range="auto"):
 
 
 def normalize_images(images, method="vqvae", value_range="auto"):
-    """Pictures (N,H,W,3) in any accepted value range -> float tensor (N,3,H,W), in [-1,1] for method 'vqvae'
-    and [0,1] for method 'unit'. Raises InputError as to_uint8 does."""
+    """Pictures (N,H,W,3) in any accepted range -> float tensor (N,3,H,W), in [-1,1] for method
+    'vqvae' and [0,1] for method 'unit'. Raises InputError as to_uint8 does."""
     if method not in ("vqvae", "unit"):
         raise InputError(f"unknown method {method!r}: 'vqvae' gives [-1,1], 'unit' gives [0,1]")
-    pictures = to_uint8(images, value_range=value_range)[0]
-    x = torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float()
+    pictures = np.ascontiguousarray(to_uint8(images, value_range=value_range)[0])
+    x = torch.from_numpy(pictures).permute(0, 3, 1, 2).float()  # (N,3,H,W)
     return x / 127.5 - 1 if method == "vqvae" else x / 255
 
 
 def denormalize(x):
     """Float tensor (N,3,H,W) in [-1,1] -> uint8 array (N,H,W,3) in 0..255."""
-    return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    x = ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return x.permute(0, 2, 3, 1).cpu().numpy()
 
 
 def load_pickled_data(path, value_range="auto", log=None):
     """mnist_colored.pkl: a dict with 'train' and 'test' -> two uint8 arrays (N,H,W,3) in 0..255."""
     data = unpickle(path)
     if not isinstance(data, dict) or not {"train", "test"} <= data.keys():
-        raise InputError(f"{path}: want a dict with 'train' and 'test', found {type(data).__name__}")
-    return tuple(_pictures(data[part], f"{path}: {part}", value_range, log) for part in ("train", "test"))
+        raise InputError(f"{path}: want a dict with 'train' and 'test', not {type(data).__name__}")
+    return tuple(_pictures(data[k], f"{path}: {k}", value_range, log) for k in ("train", "test"))
 
 
 def load_colored_mnist_text(path, value_range="auto", log=None):
-    """colored_mnist_with_text.pkl -> train_images, test_images uint8 (N,H,W,3) 0..255, train_texts, test_texts.
-
-    The file holds a 4-tuple in that order or a dict with those four keys. Raises InputError for anything else.
-    """
+    """colored_mnist_with_text.pkl, a 4-tuple or a dict with the keys below -> train and test
+    pictures uint8 (N,H,W,3) in 0..255, train and test texts. Raises InputError for all else."""
     data = unpickle(path)
     keys = ("train_images", "test_images", "train_texts", "test_texts")
     if isinstance(data, dict) and set(keys) <= data.keys():
         data = tuple(data[k] for k in keys)
     if not isinstance(data, (tuple, list)) or len(data) != 4:
-        raise InputError(f"{path}: want a 4-tuple or a dict with {', '.join(keys)}, found {type(data).__name__}")
+        raise InputError(f"{path}: want a 4-tuple or a dict with {', '.join(keys)}, "
+                         f"found {type(data).__name__}")
+    return _checked_pairs(data, keys, path, value_range, log)
+
+
+def _checked_pairs(data, keys, path, value_range, log):
+    """Train and test pictures, train and test captions, each checked under its name in `keys`."""
     images = [_pictures(data[i], f"{path}: {keys[i]}", value_range, log) for i in (0, 1)]
-    texts = [_captions(data[i + 2], images[i], f"{path}: {keys[i + 2]}") for i in (0, 1)]
-    return *images, *texts
+    return *images, *(_captions(data[i + 2], images[i], f"{path}: {keys[i + 2]}") for i in (0, 1))
 
 
 def _pictures(images, name, value_range, log):
@@ -527,91 +532,90 @@ def _captions(texts, images, name):
 
 
 def read_idx(path):
-    """A raw MNIST file, .gz or not -> uint8 array of the shape its header states (yann.lecun.com/exdb/mnist)."""
+    """A raw MNIST file (yann.lecun.com/exdb/mnist), .gz or not -> uint8 array of its own shape."""
     try:
-        raw = (gzip.open if str(path).endswith(".gz") else open)(path, "rb").read()
+        raw = (gzip.decompress if str(path).endswith(".gz") else bytes)(Path(path).read_bytes())
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path}: cannot be read ({error})") from None
-    # Header: two zero bytes, the type (8 = uint8), the number of axes, then each length as big-endian 32 bits
+    # Header: two zero bytes, type (8 = uint8), number of axes, each length as big-endian 32 bits
     axes = raw[3] if len(raw) > 3 else 0
-    if raw[:3] != b"\0\0\x08" or axes not in (1, 3) or len(raw) < 4 + 4 * axes:
+    start = 4 + 4 * axes
+    if raw[:3] != b"\0\0\x08" or axes not in (1, 3) or len(raw) < start:
         raise InputError(f"{path}: not an IDX file of bytes")
-    shape = struct.unpack(f">{axes}I", raw[4 : 4 + 4 * axes])
-    if math.prod(shape) != len(raw) - 4 - 4 * axes or 0 in shape:
-        raise InputError(f"{path}: the header promises {shape}, the file holds {len(raw) - 4 - 4 * axes} bytes")
-    return np.frombuffer(raw, np.uint8, offset=4 + 4 * axes).reshape(shape)
+    shape = struct.unpack(f">{axes}I", raw[4:start])
+    if math.prod(shape) != len(raw) - start or 0 in shape:
+        raise InputError(f"{path}: its header promises {shape}, it holds {len(raw) - start} bytes")
+    return np.frombuffer(raw, np.uint8, offset=start).reshape(shape)
 
 
 def load_mnist(folder, seed=0):
-    """The four raw MNIST files in a folder, coloured and captioned by us -> the four arrays of drawn.npz."""
+    """The four raw MNIST files, coloured and captioned by us -> the four arrays of drawn.npz."""
     arrays, rng = {}, np.random.default_rng(seed)
     for part, prefix in (("train", "train"), ("test", "t10k")):
         found = []
-        for kind in ("images-idx3-ubyte", "labels-idx1-ubyte"):
-            names = [f"{prefix}-{kind}", f"{prefix}-{kind.replace('-idx', '.idx')}"]
-            paths = [p for n in names for p in (folder / n, folder / f"{n}.gz") if p.exists()]
+        for name in (f"{prefix}-images-idx3-ubyte", f"{prefix}-labels-idx1-ubyte"):
+            paths = [p for n in (name, name.replace("-idx", ".idx"))
+                     for p in (folder / n, folder / f"{n}.gz") if p.exists()]
             if not paths:
-                raise InputError(f"{folder}: no {names[0]} (or .gz)")
+                raise InputError(f"{folder}: no {name} (or .gz)")
             found.append(read_idx(paths[0]))
         ink, labels = found
         if ink.ndim != 3 or labels.ndim != 1 or len(ink) != len(labels) or labels.max() > 9:
-            raise InputError(f"{folder}: the {part} pictures {ink.shape} and labels {labels.shape} do not match")
+            raise InputError(f"{folder}: {part} pictures {ink.shape}, labels {labels.shape}")
         arrays[f"{part}_images"], arrays[f"{part}_captions"] = colorize(ink, labels, rng)
     return arrays
 
 
 def load_data(folder, value_range="auto", log=print):
     """The data of a folder as Pairs: the two pickles, else raw MNIST in mnist/, else drawn.npz.
-
-    Raises InputError when there is none, when the pictures have unlike sizes, and whenever the readers above do.
-    """
+    Raises InputError if there is none, if picture sizes differ, and when the readers above do."""
     folder = Path(folder)
     pairs_file, vqvae_file = folder / "colored_mnist_with_text.pkl", folder / "mnist_colored.pkl"
+    drawn = folder / "drawn.npz"
     if pairs_file.exists():
-        tri, tei, trc, tec = load_colored_mnist_text(pairs_file, value_range, log)
-        vqvae = load_pickled_data(vqvae_file, value_range, log) if vqvae_file.exists() else (tri, tei)
-        data = Pairs(tri, tei, trc, tec, *vqvae, pairs_file.name)
+        pairs = load_colored_mnist_text(pairs_file, value_range, log)
+        both = vqvae_file.exists()
+        vqvae = load_pickled_data(vqvae_file, value_range, log) if both else pairs[:2]
+        data = Pairs(*pairs, *vqvae, pairs_file.name)
     elif (folder / "mnist").is_dir():
         data = _pairs(load_mnist(folder / "mnist"), folder / "mnist", log)
-    elif (folder / "drawn.npz").exists():
+    elif drawn.exists():
         try:
-            with np.load(folder / "drawn.npz", allow_pickle=False) as file:
+            with np.load(drawn, allow_pickle=False) as file:
                 arrays = dict(file)
         except (OSError, ValueError, EOFError, KeyError, zlib.error, zipfile.BadZipFile) as error:
-            raise InputError(f"{folder / 'drawn.npz'}: cannot be read ({error})") from None
-        data = _pairs(arrays, folder / "drawn.npz", log)
+            raise InputError(f"{drawn}: cannot be read ({error})") from None
+        data = _pairs(arrays, drawn, log)
     else:
         raise InputError(f"no data in {folder}: `mmgen.py data --data {folder}` draws some")
-    sizes = {a.shape[1:] for a in (data.train_images, data.test_images, data.vqvae_train, data.vqvae_test)}
+    sizes = {a.shape[1:] for a in vars(data).values() if isinstance(a, np.ndarray)}
     if len(sizes) > 1:
         raise InputError(f"{folder}: the pictures have unlike sizes: {sorted(sizes)}")
     return data
 
 
 def _pairs(arrays, name, log):
-    missing = {"train_images", "test_images", "train_captions", "test_captions"} - arrays.keys()
-    if missing:
-        raise InputError(f"{name}: lacks {', '.join(sorted(missing))}")
-    images = [_pictures(arrays[f"{p}_images"], f"{name}: {p}_images", "8bit", log) for p in ("train", "test")]
-    texts = [_captions(arrays[f"{p}_captions"], i, f"{name}: {p}_captions") for p, i in zip(("train", "test"), images)]
-    return Pairs(*images, *texts, *images, Path(name).name)
+    keys = ("train_images", "test_images", "train_captions", "test_captions")
+    if set(keys) - arrays.keys():
+        raise InputError(f"{name}: lacks {', '.join(sorted(set(keys) - arrays.keys()))}")
+    pairs = _checked_pairs([arrays[k] for k in keys], keys, name, "8bit", log)
+    return Pairs(*pairs, *pairs[:2], Path(name).name)
 
 
 def random_affine(x, shift=0.07, angle=0.15, zoom=0.1):
-    """Shift (share of the side), turn (radians) and zoom each picture (B,3,H,W) a little, at random.
-
-    Mild enough for any picture: nothing is mirrored, no colour changes, the border is continued outwards.
-    """
+    """Shift (share of the side), turn (radians) and zoom each picture (B,3,H,W) a bit, at random.
+    Nothing is mirrored, no colour changed, the border continued: mild enough for any picture."""
     B = len(x)
-    turn, scale, move = angle * torch.randn(B), 1 + zoom * torch.randn(B), 2 * shift * torch.randn(B, 2)
+    turn, scale = angle * torch.randn(B), 1 + zoom * torch.randn(B)
+    move = 2 * shift * torch.randn(B, 2)  # affine_grid counts the side as 2
     cos, sin = scale * turn.cos(), scale * turn.sin()
     theta = torch.stack([cos, -sin, move[:, 0], sin, cos, move[:, 1]], 1).view(B, 2, 3).to(x)
-    grid = F.affine_grid(theta, x.shape, align_corners=False)
+    grid = F.affine_grid(theta, x.shape, align_corners=False)  # (B,H,W,2)
     return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
 
 
 class Pictures(Dataset):
-    """uint8 pictures (N,H,W,3) that become float tensors (B,3,H,W) in [-1,1] only when a batch is asked for."""
+    """uint8 pictures (N,H,W,3) that become floats (B,3,H,W) in [-1,1] only when a batch is due."""
 
     def __init__(self, images, text_ids=None):
         self.images = torch.from_numpy(np.ascontiguousarray(images))  # (N,H,W,3) uint8
@@ -626,18 +630,18 @@ class Pictures(Dataset):
 
 
 class BatchOrder(Sampler):
-    """Batches of row numbers that depend on (seed, step) alone, so that a run can be resumed at any step.
+    """Batches of row numbers that depend on (seed, step) alone, so that any step can be resumed.
 
-    A plain RandomSampler hides its position in the generator's state. Here step s is batch s % per_epoch of the
-    permutation number s // per_epoch. One pass of the loader is `steps` batches (default: the whole set), and
-    set_epoch(e), the call torch's DistributedSampler has, moves to pass e; `skip` drops its first batches.
+    A plain RandomSampler hides its position in the generator's state. Here step s is batch
+    s % per_epoch of permutation number s // per_epoch. One pass of the loader is `steps` batches
+    (default: the whole set); set_epoch (as in torch's DistributedSampler) moves to another pass.
     """
 
     def __init__(self, n_rows, batch_size, shuffle=True, seed=0, steps=None, total=None):
         self.n_rows, self.batch_size, self.shuffle, self.seed = n_rows, batch_size, shuffle, seed
         self.per_epoch = -(-n_rows // batch_size)
         self.steps = steps or self.per_epoch
-        self.total = total or sys.maxsize  # the last pass stops here: 15 steps in passes of 2 end after 15
+        self.total = total or sys.maxsize  # the last pass stops here: 15 steps in passes of 2
         self.epoch, self.skip = 0, 0
 
     def __len__(self):
@@ -653,15 +657,16 @@ class BatchOrder(Sampler):
             epoch, batch = divmod(step, self.per_epoch)
             if epoch != known:
                 generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-                order = torch.randperm(self.n_rows, generator=generator) if self.shuffle else torch.arange(self.n_rows)
-                known = epoch
+                order = torch.randperm(self.n_rows, generator=generator)
+                order, known = order if self.shuffle else torch.arange(self.n_rows), epoch
             yield order[batch * self.batch_size : (batch + 1) * self.batch_size]
 
 
 def make_loader(dataset, batch_size, shuffle=True, seed=0, steps=None, total=None):
-    """A DataLoader whose sampler hands whole batches of rows to the data set: batch_size=None stops it from
-    fetching 128 single pictures and stacking them again, which costs more than the model's small layers."""
-    return DataLoader(dataset, sampler=BatchOrder(len(dataset), batch_size, shuffle, seed, steps, total), batch_size=None)
+    """A DataLoader whose sampler hands whole batches of rows to the data set: batch_size=None stops
+    it from fetching and stacking 128 single pictures, which costs more than the small layers do."""
+    order = BatchOrder(len(dataset), batch_size, shuffle, seed, steps, total)
+    return DataLoader(dataset, sampler=order, batch_size=None)
 
 
 class DataProcessor:
@@ -669,59 +674,56 @@ class DataProcessor:
 
     @staticmethod
     def prepare_vqvae_data(train_data, test_data, batch_size=128, seed=0):
-        """Two arrays of pictures (N,H,W,3) in any accepted range -> train and test loaders of (B,3,H,W) in [-1,1]."""
+        """Two arrays (N,H,W,3) in any accepted range -> two loaders of (B,3,H,W) in [-1,1]."""
         train, test = (Pictures(to_uint8(d)[0]) for d in (train_data, test_data))
-        return make_loader(train, batch_size, seed=seed), make_loader(test, batch_size, shuffle=False)
+        return make_loader(train, batch_size, seed=seed), make_loader(test, batch_size, False)
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Tokenizer: one vocabulary for codes, words and marks
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class Tokenizer:
-    """Words to token ids and back. Ids 0..K-1 are picture codes; then the sorted words, EOT, EOI, BOS, PAD.
+    """Words to token ids and back. Ids 0..K-1 are codes; then the sorted words, EOT, EOI, BOS, PAD.
 
-    The specials stand last, and PAD last of all, so that code that sees only a vocabulary size V can find them; the
-    words are followed by EOT, so that "a word or the end of the caption" is one contiguous range of ids.
-
-    texts: the training captions. n_embeddings: K of the VQ-VAE. Raises InputError for no words at all.
+    The specials stand last, PAD last of all, so that a vocabulary size V is enough to find them;
+    EOT follows the words, so that "a word or the end of the caption" is one range of ids. As in the
+    notes, `all_words` ends with the specials. n_embeddings: K. Raises InputError for no words.
     """
 
     SPECIALS = ("<eot>", "<eoi>", "<bos>", "<pad>")  # at V-4, V-3, V-2, V-1
 
     def __init__(self, texts, n_embeddings):
         split = [t.split() for t in texts]
-        self.words = sorted({w for words in split for w in words})  # sorted: the same ids in every process
+        self.words = sorted({w for words in split for w in words})  # the same ids in every process
         if not self.words:
             raise InputError("the captions hold no words")
         self.n_embeddings = n_embeddings
         self.caption_length = max(map(len, split))  # L
         self.all_words = self.words + list(self.SPECIALS)
-        self.vocab_size = n_embeddings + len(self.all_words)
+        V = self.vocab_size = n_embeddings + len(self.all_words)
         self.word_to_id = {w: n_embeddings + i for i, w in enumerate(self.words)}
-        self.end_of_text_token, self.end_of_image_token, self.bos_token, self.pad_token = range(
-            self.vocab_size - 4, self.vocab_size
-        )
+        self.end_of_text_token, self.end_of_image_token = V - 4, V - 3
+        self.bos_token, self.pad_token = V - 2, V - 1
         # The ids each span may hold, as ranges [low, high): what sampling is restricted to
-        self.image_span = (0, n_embeddings)
-        self.text_span = (n_embeddings, self.end_of_text_token + 1)
-        self.start_span = (self.end_of_text_token, self.end_of_image_token + 1)
+        self.image_span, self.text_span = (0, n_embeddings), (n_embeddings, V - 3)
+        self.start_span = (V - 4, V - 2)  # EOT: a picture comes first, EOI: a caption
 
     def text_encode(self, text):
-        """A caption -> its word ids, int64 (number of words,), without specials. Raises InputError for an empty text,
-        more than L words, or a word no training caption had (naming the nearest one it knows)."""
+        """A caption -> its word ids, int64 (words,), no specials. Raises InputError for no words,
+        more than L, or an unknown one (naming the nearest it knows)."""
         words = text.split()
         for word in words:
             if word not in self.word_to_id:
                 near = difflib.get_close_matches(word, self.words, n=1, cutoff=0.0)[0]
                 raise InputError(f"unknown word {word!r} in {text!r}: did you mean {near!r}?")
         if not 1 <= len(words) <= self.caption_length:
-            raise InputError(f"{text!r} has {len(words)} words; a caption has 1 to {self.caption_length}")
+            raise InputError(f"{text!r} has {len(words)} words, not 1 to {self.caption_length}")
         return torch.tensor([self.word_to_id[w] for w in words])
 
     def text_decode(self, tokens):
-        """Token ids (a tensor or a list of ints) -> the caption they spell: words up to the first EOT."""
+        """Token ids (tensor or list of ints) -> the caption they spell, up to the first EOT."""
         words = []
         for token in map(int, tokens):
             if token == self.end_of_text_token:
@@ -736,136 +738,154 @@ class Tokenizer:
             self.text_encode(text)
 
     def encode_batch(self, texts):
-        """Captions -> int64 (B,L+1): the words, one EOT, and PAD up to the length of the longest."""
+        """Captions -> int64 (B,L+1): the words, one EOT, PAD up to the longest caption's length."""
         ids = torch.full((len(texts), self.caption_length + 1), self.pad_token)
         for row, text in zip(ids, texts):
             words = self.text_encode(text)
-            row[: len(words)] = words
-            row[len(words)] = self.end_of_text_token
+            row[: len(words)], row[len(words)] = words, self.end_of_text_token
         return ids
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# VQ-VAE: picture (B,3,H,W) -> features z_e (B,D,h,w) -> nearest codes z_q (B,D,h,w) -> picture (B,3,H,W)
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# VQ-VAE: picture (B,3,H,W) -> features z_e (B,D,h,w) -> codes z_q (B,D,h,w) -> picture (B,3,H,W)
+# --------------------------------------------------------------------------------------------------
 
 
 class VectorQuantizer(nn.Module):
-    """The codebook: K vectors of length D, and the search for the nearest (van den Oord et al. 2017).
+    """The codebook, K vectors of length D, and the search for the nearest (van den Oord et al.
+    2017).
 
-    ema=None: the codebook learns by gradient, through the codebook term of compute_loss. ema in (0,1): each code is a
-    moving average of the features assigned to it, with this decay, and `weight` gets no gradient. restart: in training,
-    a code not chosen for about this many batches is moved onto a random feature of the batch (0: never).
+    ema 0: the codebook learns by gradient, through the codebook term of compute_loss. ema in (0,1):
+    each code is a moving average, of this decay, of the features it was the nearest to, and gets no
+    gradient. delay: training batches that pass unquantized, before the codes are put onto features.
+    restart: a code unused for this many training batches is put onto a random feature (0: never).
     """
 
-    def __init__(self, K, D, ema=None, restart=100):
+    def __init__(self, K, D, ema=0.0, delay=0, restart=100):
         super().__init__()
-        self.K, self.D, self.ema, self.restart = K, D, ema, restart
-        self.weight = nn.Parameter(torch.empty(K, D).uniform_(-1 / K, 1 / K), requires_grad=ema is None)
-        # Statistics travel in the checkpoint, so a resumed run goes on as if it had never stopped
-        self.register_buffer("initialized", torch.tensor(False))
-        self.register_buffer("idle", torch.zeros(K))  # batches since each code was last chosen
+        self.K, self.D, self.ema, self.delay, self.restart = K, D, ema, delay, restart
+        self.settled = False  # no more restarts: the decoder has no time left to learn new codes
+        self.weight = nn.Parameter(torch.empty(K, D).uniform_(-1 / K, 1 / K), requires_grad=not ema)
+        # Buffers travel in checkpoints, so a resumed run goes on as if it had never stopped
+        self.register_buffer("batches", torch.tensor(0))  # training batches seen
+        self.register_buffer("idle", torch.zeros(K))  # training batches since a code was last used
         self.register_buffer("ema_count", torch.ones(K))
         self.register_buffer("ema_sum", self.weight.detach().clone())
 
+    @torch.autocast("cpu", enabled=False)  # in bfloat16 the nearest code would be a matter of luck
+    @torch.autocast("cuda", enabled=False)
     def distances(self, flat):
-        """|z-e|^2 less the |z|^2 that is the same for every code: features (M,D) -> (M,K)."""
+        """Features (M,D) -> (M,K): |z-e|^2 less |z|^2, which is the same for every code."""
         return torch.addmm(self.weight.square().sum(1), flat, self.weight.t(), alpha=-2)
 
     def forward(self, z_e):
-        """z_e (B,D,h,w) -> z_q (B,D,h,w), whose gradient goes to the codebook, and token ids int64 (B,h,w)."""
+        """z_e (B,D,h,w) -> z_q (B,D,h,w), whose gradient goes to the codebook; tokens int64
+        (B,h,w)."""
         B, D, h, w = z_e.shape
-        flat = z_e.movedim(1, -1).reshape(-1, D)  # (B*h*w, D)
-        with torch.no_grad():
-            if self.training and not self.initialized:
-                self._replace(torch.ones(self.K, dtype=torch.bool, device=flat.device), flat)
-                self.initialized.fill_(True)
-            tokens = self.distances(flat).argmin(1)  # (B*h*w,)
-            if self.training and (self.restart or self.ema):
-                self._track(flat, tokens)
+        flat = z_e.detach().movedim(1, -1).reshape(-1, D)  # (B*h*w, D)
+        if self.training:
+            self.batches += 1
+            if self.batches <= self.delay:
+                return z_e.detach(), self.distances(flat).argmin(1).view(B, h, w)
+            if self.batches == self.delay + 1:
+                self._replace(torch.ones_like(self.idle, dtype=torch.bool), flat)
+        tokens = self.distances(flat.detach()).argmin(1)  # (B*h*w,)
+        if self.training:
+            self._track(flat, tokens)
         z_q = F.embedding(tokens, self.weight).view(B, h, w, D).movedim(-1, 1)  # (B,D,h,w)
         return z_q, tokens.view(B, h, w)
 
+    @torch.no_grad()
     def _track(self, flat, tokens):
-        """Restart what is dead, and in EMA mode move the codes (appendix A of the paper)."""
+        """In EMA mode move the codes (appendix A of the paper); restart the dead."""
         count = torch.bincount(tokens, minlength=self.K).float()  # (K,)
         self.idle.add_(1).masked_fill_(count > 0, 0)
         if self.ema:
-            total = torch.zeros_like(self.ema_sum).index_add_(0, tokens, flat)  # (K,D)
             self.ema_count.lerp_(count, 1 - self.ema)
-            self.ema_sum.lerp_(total, 1 - self.ema)
-            # A code with almost no mass keeps its place: its mean would be a ratio of two rounding errors
-            keep = self.ema_count < 1e-3
-            mean = self.ema_sum / self.ema_count.clamp(min=1e-3)[:, None]
-            self.weight.copy_(torch.where(keep[:, None], self.weight, mean))
-        if self.restart:
-            dead = self.idle > self.restart
-            if dead.any():
-                self._replace(dead, flat)
+            self.ema_sum.mul_(self.ema).index_add_(0, tokens, flat, alpha=1 - self.ema)
+            self.weight.copy_(self.ema_sum / self.ema_count.clamp(min=1e-6)[:, None])
+        if self.restart and not self.settled and (dead := self.idle > self.restart).any():
+            self._replace(dead, flat)
 
+    @torch.no_grad()
     def _replace(self, which, flat):
-        """Put the codes of a mask (K,) onto random features, a little off so that no two codes are the same."""
-        rows = torch.randint(len(flat), (int(which.sum()),), device=flat.device)
-        fresh = flat[rows] + 0.01 * flat.std() * torch.randn_like(flat[rows])
-        self.weight[which] = fresh
-        self.ema_sum[which], self.ema_count[which], self.idle[which] = fresh, 1.0, 0.0
+        """Put the codes of a mask (K,) onto random features, a little off, so that no two
+        coincide."""
+        rows = flat[torch.randint(len(flat), (int(which.sum()),), device=flat.device)]
+        self.weight[which] = self.ema_sum[which] = rows + 0.01 * flat.std() * torch.randn_like(rows)
+        self.ema_count[which], self.idle[which] = 1.0, 0.0
 
 
 class ResidualBlock(nn.Module):
-    """x + conv1x1(relu(conv3x3(relu(x)))), the block of the VQ-VAE paper. (B,C,h,w) -> (B,C,h,w)."""
+    """x + conv1x1(relu(conv3x3(relu(x)))), the block of the VQ-VAE paper. (B,C,h,w) ->
+    (B,C,h,w)."""
 
     def __init__(self, dim):
         super().__init__()
-        self.net = nn.Sequential(nn.ReLU(), nn.Conv2d(dim, dim, 3, 1, 1), nn.ReLU(), nn.Conv2d(dim, dim, 1))
+        self.net = nn.Sequential(
+            nn.ReLU(), nn.Conv2d(dim, dim, 3, 1, 1), nn.ReLU(), nn.Conv2d(dim, dim, 1))
 
     def forward(self, x):
         """(B,C,h,w) -> the same shape."""
         return x + self.net(x)
 
 
-class GridAttention(nn.Module):
-    """One self-attention layer over the h*w cells of the latent grid, added to its input. (B,C,h,w) -> (B,C,h,w).
+class ChannelNorm(nn.LayerNorm):
+    """LayerNorm over the channels of each cell. (B,C,h,w) -> (B,C,h,w)."""
 
-    3x3 convolutions see a neighbourhood; the ground colour and the slant of a digit concern the whole picture. With
-    one global look on each side a token need not repeat what all its neighbours know.
+    def forward(self, x):
+        """(B,C,h,w) -> the same shape."""
+        return super().forward(x.movedim(1, -1).float()).movedim(-1, 1)
+
+
+class GridAttention(nn.Module):
+    """One self-attention layer over the h*w cells of the latent grid, added to its input.
+
+    3x3 convolutions see a neighbourhood; the ground's colour and the slant of a digit concern the
+    whole picture. With a global look a token need not repeat what all its neighbours know.
     """
 
     def __init__(self, dim, n_heads=4):
         super().__init__()
-        self.norm = nn.LayerNorm(dim)
-        self.attention = SelfAttention(dim, n_heads)
+        self.norm, self.attention = nn.LayerNorm(dim), SelfAttention(dim, n_heads)
 
     def forward(self, x):
         """(B,C,h,w) -> the same shape."""
-        cells = x.flatten(2).transpose(1, 2)  # (B, h*w, C)
-        return x + self.attention(self.norm(cells)).transpose(1, 2).view_as(x)
+        cells = x.flatten(2).transpose(1, 2)  # (B,h*w,C)
+        return x + self.attention(self.norm(cells)).transpose(1, 2).reshape(x.shape)
 
 
 class VQVAE(nn.Module):
-    """Pictures to tokens and back. VQVAE(dim=256, K=128, D=256) is the configuration of the original notes.
+    """Pictures to tokens and back. VQVAE(dim=256, K=128, D=256) is the configuration of the notes.
 
-    dim: channels of encoder and decoder. K: codes. D: length of a code (1x1 convolutions adapt it if it is not dim).
-    attention: add a GridAttention on each side. size: (H, W) of the pictures, only needed to fold a flat row of
-    tokens. ema, restart: see VectorQuantizer.
+    dim: channels. K: codes. D: length of a code (if it is not dim, 1x1 convolutions adapt it).
+    attention: a GridAttention beside the codebook, on each side. size: (H, W) of the pictures, only
+    needed to fold flat rows of tokens. The rest: see VectorQuantizer. Raises InputError for a size
+    that is not divisible by 4.
     """
 
-    def __init__(self, dim=256, K=128, D=256, attention=False, size=(28, 28), ema=None, restart=100):
+    def __init__(self, dim=256, K=128, D=256, attention=False, size=(28, 28), ema=0.0, delay=0,
+                 restart=100):
         super().__init__()
         if size[0] % 4 or size[1] % 4:
             raise InputError(f"picture size {size}: height and width must be divisible by 4")
         self.n_embeddings, self.size = K, tuple(size)
-        look = [GridAttention(dim)] if attention else []
-        adapt_in, adapt_out = ([nn.Conv2d(dim, D, 1)], [nn.Conv2d(D, dim, 1)]) if D != dim else ([], [])
         self.encoder = nn.Sequential(
             nn.Conv2d(3, dim, 4, 2, 1),  # (B,dim,H/2,W/2)
             nn.ReLU(),
             nn.Conv2d(dim, dim, 4, 2, 1),  # (B,dim,h,w)
-            ResidualBlock(dim), *look, ResidualBlock(dim), *adapt_in,
+            ResidualBlock(dim), ResidualBlock(dim),
+            *[GridAttention(dim) for _ in range(attention)],
+            *[nn.Conv2d(dim, D, 1) for _ in range(D != dim)],
+            # Without a norm the features' scale runs away from the codes, which then lag or die:
+            # the same 100 s of training ended at 18 codes of 512 in use, and with it at all of them
+            ChannelNorm(D),
         )
-        self.codebook = VectorQuantizer(K, D, ema, restart)
-        look = [GridAttention(dim)] if attention else []
+        self.codebook = VectorQuantizer(K, D, ema, delay, restart)
         self.decoder = nn.Sequential(
-            *adapt_out, ResidualBlock(dim), *look, ResidualBlock(dim),
+            *[nn.Conv2d(D, dim, 1) for _ in range(D != dim)],
+            *[GridAttention(dim) for _ in range(attention)],
+            ResidualBlock(dim), ResidualBlock(dim),
             nn.ReLU(),
             nn.ConvTranspose2d(dim, dim, 4, 2, 1),  # (B,dim,H/2,W/2)
             nn.ReLU(),
@@ -884,56 +904,61 @@ class VQVAE(nn.Module):
         return z_e, z_q, self.reconstruct(z_e, z_q)
 
     def reconstruct(self, z_e, z_q):
-        """Decode z_q, passing the decoder's gradient straight through to z_e (Bengio et al. 2013)."""
+        """Decode z_q; the decoder's gradient goes straight through to z_e (Bengio et al. 2013)."""
         return self.decoder(z_e + (z_q - z_e).detach())
 
     @torch.no_grad()
     def get_tokens(self, x):
-        """Pictures (B,3,H,W) in [-1,1] -> token ids int64 (B,h,w). Changes nothing, in training mode neither."""
+        """Pictures (B,3,H,W) in [-1,1] -> tokens int64 (B,h,w). Changes nothing, even in
+        training."""
         z_e = self.encoder(x).movedim(1, -1)  # (B,h,w,D)
         return self.codebook.distances(z_e.flatten(0, 2)).argmin(1).view(z_e.shape[:3])
 
     def decode_tokens(self, tokens):
-        """Token ids (B,h,w), or flat (B,h*w), -> pictures (B,3,H,W). Raises InputError for an id that is no code."""
+        """Tokens (B,h,w), or flat (B,h*w), -> pictures (B,3,H,W). Raises InputError for a
+        non-code."""
         if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.n_embeddings:
             raise InputError(f"picture tokens must be in 0..{self.n_embeddings - 1}")
         if tokens.dim() == 2:
             h, w = self.grid
-            if tokens.shape[1] != h * w:  # not the size we were told: a square grid is the best guess
+            # not the size we were told: a square grid is the best guess
+            if tokens.shape[1] != h * w:
                 h = w = math.isqrt(tokens.shape[1])
             tokens = tokens.view(-1, h, w)
         return self.decoder(F.embedding(tokens, self.codebook.weight).movedim(-1, 1))
 
 
 def compute_loss(x, recon_x, z_e, z_q, beta=0.25):
-    """The VQ-VAE's loss: reconstruction + codebook + beta * commitment, each a mean over all elements.
+    """The VQ-VAE's loss: reconstruction + codebook + beta * commitment, each a mean over elements.
 
-    x, recon_x (B,3,H,W); z_e, z_q (B,D,h,w) as VQVAE.forward returns them -> scalar.
-    The codebook term pulls codes to features, the commitment term features to codes: so each detaches the OTHER side
-    (equation 3 of van den Oord et al. 2017; the notes detach z_q in both).
+    x, recon_x (B,3,H,W); z_e, z_q (B,D,h,w) as VQVAE.forward returns them -> scalar. The codebook
+    term pulls codes to features, the commitment term features to codes: so each detaches the OTHER
+    side (equation 3 of van den Oord et al. 2017; the notes detach z_q in both).
     """
-    return F.mse_loss(recon_x, x) + F.mse_loss(z_q, z_e.detach()) + beta * F.mse_loss(z_e, z_q.detach())
+    return (F.mse_loss(recon_x, x) + F.mse_loss(z_q, z_e.detach())
+            + beta * F.mse_loss(z_e, z_q.detach()))
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # iGPT: a causal transformer over picture tokens and words, with a KV cache
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far: two tensors (layers, B, heads, length, head_dim), allocated once.
+    """Keys and values of the tokens so far: two tensors (layers,B,heads,length,head_dim), allocated
+    once; 2 * layers * B * length * d * 4 bytes.
 
-    Memory: 2 * layers * B * length * d_model * 4 bytes. The cache does not know how full it is: whoever writes says
-    at which position. `pad` int64 (B,) or None: how many columns at the left of each row are padding, for prompts of
-    unlike length in one batch.
+    The cache does not know how full it is: whoever writes says at which position. pad int64 (B,) or
+    None: how many columns at a row's left are padding, for prompts of unlike length in one batch.
     """
 
     def __init__(self, n_layers, batch, n_heads, length, head_dim, device=None, pad=None):
         shape = (n_layers, batch, n_heads, length, head_dim)
-        self.k, self.v, self.pad = torch.zeros(shape, device=device), torch.zeros(shape, device=device), pad
+        self.k, self.v = torch.zeros(shape, device=device), torch.zeros(shape, device=device)
+        self.pad = pad
 
     def write(self, layer, position, k, v):
-        """Store k, v (B,heads,T,head_dim) at columns position..position+T; return all columns up to there."""
+        """Store k, v (B,heads,T,head_dim) from column `position` on; return all columns so far."""
         end = position + k.shape[2]
         self.k[layer, :, :, position:end] = k
         self.v[layer, :, :, position:end] = v
@@ -941,59 +966,83 @@ class KVCache:
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention (Vaswani et al. 2017). (B,T,d) -> (B,T,d); causal only if the caller says so."""
+    """Multi-head self-attention (Vaswani et al. 2017): (B,T,d) -> (B,T,d).
+
+    Queries and keys are normalized (Henry et al. 2020), so that large learning rates cannot blow
+    the scores up. Raises InputError if the width is not divisible by the number of heads.
+    """
 
     def __init__(self, d_model, n_heads):
         super().__init__()
         if d_model % n_heads:
             raise InputError(f"width {d_model} is not divisible by {n_heads} heads")
-        self.n_heads = n_heads
+        self.n_heads, head_dim = n_heads, d_model // n_heads
         self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)  # one product instead of three
+        self.q_norm, self.k_norm = nn.LayerNorm(head_dim), nn.LayerNorm(head_dim)
         self.out = nn.Linear(d_model, d_model, bias=False)
 
     def forward(self, x, causal=False, mask=None, cached=None):
-        """x (B,T,d). mask bool (B or 1,1,T,columns): True where a query may look. cached: a function that stores
-        the new k, v and returns those of all columns."""
+        """x (B,T,d) -> (B,T,d). mask bool (B or 1,1,T,columns): True where a query may look.
+        cached: a function that stores the new keys and values and returns those of all columns."""
         B, T, d = x.shape
-        # (B,T,3d) -> (B,T,3,heads,head_dim) -> (3,B,heads,T,head_dim) -> three of (B,heads,T,head_dim)
-        q, k, v = self.qkv(x).view(B, T, 3, self.n_heads, d // self.n_heads).permute(2, 0, 3, 1, 4).unbind(0)
+        # (B,T,3d) -> (B,T,3,heads,head_dim) -> (3,B,heads,T,head_dim) -> three (B,heads,T,head_dim)
+        q, k, v = self.qkv(x).view(B, T, 3, self.n_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k = self.q_norm(q), self.k_norm(k)
         if cached:
             k, v = cached(k, v)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal and mask is None)
+        y = attend(q, k, v, causal, mask)
         return self.out(y.transpose(1, 2).reshape(B, T, d))
 
 
+def attend(q, k, v, causal, mask=None):
+    """softmax(q k^T / sqrt(head_dim)) v. q, k, v (B,heads,T,head_dim); mask as in SelfAttention."""
+    if q.dtype != torch.bfloat16 or q.device.type != "cpu" or mask is not None:
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal and mask is None)
+    # sdpa's backward in bfloat16 takes five times as long on a CPU as these three plain operations
+    B, heads, T, head_dim = q.shape
+    hide = torch.full((T, T), -math.inf, dtype=q.dtype).triu(1) if causal else q.new_zeros(T, T)
+    q, k, v = (t.reshape(B * heads, T, head_dim) for t in (q, k, v))
+    scores = torch.baddbmm(hide, q, k.mT, alpha=head_dim**-0.5)  # (B*heads,T,T)
+    return (scores.softmax(-1) @ v).view(B, heads, T, head_dim)
+
+
 class Block(nn.Module):
-    """A pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x)). (B,T,d) -> (B,T,d)."""
+    """Pre-norm: x + attention(norm(x)), then x + mlp(norm(x)). (B,T,d) -> (B,T,d)."""
 
     def __init__(self, d_model, n_heads, dropout):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(d_model), nn.LayerNorm(d_model)
         self.attention = SelfAttention(d_model, n_heads)
-        self.mlp = nn.Sequential(nn.Linear(d_model, 4 * d_model), nn.GELU(), nn.Linear(4 * d_model, d_model))
+        self.mlp = nn.Sequential(
+            nn.Linear(d_model, 4 * d_model), nn.GELU(), nn.Linear(4 * d_model, d_model))
         self.dropout = dropout
 
     def forward(self, x, causal=True, mask=None, cached=None):
         """x (B,T,d) -> (B,T,d)."""
-        x = x + F.dropout(self.attention(self.norm1(x), causal, mask, cached), self.dropout, self.training)
-        return x + F.dropout(self.mlp(self.norm2(x)), self.dropout, self.training)
+        p, on = self.dropout, self.training and self.dropout > 0
+        y = self.attention(self.norm1(x), causal, mask, cached)
+        x = x + (F.dropout(y, p) if on else y)
+        y = self.mlp(self.norm2(x))
+        return x + (F.dropout(y, p) if on else y)
 
 
 class iGPT(nn.Module):
     """Next-token logits over the joint vocabulary: tokens int64 (B,T) -> (B,T,V).
 
-    vocab_size: V = K codes + len(Tokenizer.all_words). context_length: the longest sequence. codebook (K,D), optional:
-    the VQ-VAE's codebook.weight. With it a code's embedding and output row are its own vector plus a learned linear
-    map of the standardized code vector: codes that look alike share what is learned about one of them, and gradient can
-    reach the codebook. It is referred to, not owned: it is not among parameters(), nor in state_dict().
+    vocab_size: V = K codes + len(Tokenizer.all_words). context_length: the longest sequence.
+    codebook (K,D), optional: the VQ-VAE's codebook.weight. With it a code's embedding and output
+    row are its own vector plus a learned linear map of its standardized code vector: codes that
+    look alike share what is learned about one of them, and gradient can reach the codebook. It is
+    referred to, not owned: neither among parameters() nor in state_dict().
     """
 
-    def __init__(self, vocab_size, context_length, d_model=128, n_heads=4, n_layers=4, dropout=0.1, codebook=None):
+    def __init__(self, vocab_size, context_length, d_model=128, n_heads=4, n_layers=4, dropout=0.1,
+                 codebook=None):
         super().__init__()
         self.vocab_size, self.context_length, self.n_heads = vocab_size, context_length, n_heads
         self.embedding = nn.Embedding(vocab_size, d_model)
-        # A token's place is its distance from the last mark (EOT, BOS / EOI), whatever came before: the top left cell
-        # of a picture has one place in both orders, so what is learned about pictures in one holds in the other.
+        # A token's place is its distance from the last mark (BOS, EOT, EOI): the top left cell of a
+        # picture has ONE place in both orders, so what one order learns of pictures holds in both
         self.places = nn.Embedding(2 * context_length, d_model)
         self.blocks = nn.ModuleList(Block(d_model, n_heads, dropout) for _ in range(n_layers))
         self.norm = nn.LayerNorm(d_model)
@@ -1002,44 +1051,50 @@ class iGPT(nn.Module):
         if codebook is not None:
             self.code_in = nn.Linear(codebook.shape[1], d_model, bias=False)
             self.code_out = nn.Linear(codebook.shape[1], d_model, bias=False)
-        for p in self.parameters():  # GPT-2's initialization
-            if p.dim() > 1:
-                nn.init.normal_(p, std=0.02)
-        for block in self.blocks:  # the residual stream sums 2 * layers branches: start with the sum's scale at one
-            for layer in (block.attention.out, block.mlp[2]):
-                nn.init.normal_(layer.weight, std=0.02 / math.sqrt(2 * n_layers))
+            nn.init.normal_(self.code_out.weight, std=0.02)
+        for table in (self.embedding, self.places):
+            nn.init.normal_(table.weight, std=0.3)
+        # Branches and output start small: the first loss is log V, the first gradients are calm
+        nn.init.normal_(self.head.weight, std=0.02)
+        for block in self.blocks:
+            nn.init.normal_(block.attention.out.weight, std=0.02)
+            nn.init.normal_(block.mlp[2].weight, std=0.02)
 
     def tables(self):
-        """The embedding table and the output matrix, both (V,d), with the codebook's share where there is one."""
+        """Embedding table and output matrix, both (V,d), with the codebook's share if there is
+        one."""
         codebook = self._codebook[0]
         if codebook is None:
             return self.embedding.weight, self.head.weight
-        codes = (codebook - codebook.mean(0)) / (codebook.std(0) + 1e-5)  # (K,D), each dimension on one scale
+        codes = (codebook - codebook.mean(0)) / (codebook.std(0) + 1e-5)  # (K,D), all on one scale
         below = (0, 0, 0, self.vocab_size - len(codes))  # words and specials get nothing
         return (self.embedding.weight + F.pad(self.code_in(codes), below),
                 self.head.weight + F.pad(self.code_out(codes), below))
 
     def locate(self, tokens):
-        """Tokens (B,T) -> their places (B,T): distance from the last mark, the spans after EOI counted apart."""
+        """Tokens (B,T) -> their places (B,T): how far the last mark is; spans after EOI are
+        apart."""
         B, T = tokens.shape
         index = torch.arange(T, device=tokens.device).expand(B, T)
         is_mark = (tokens >= self.vocab_size - 4) & (tokens < self.vocab_size - 1)  # EOT, EOI, BOS
-        last = torch.where(is_mark, index, 0).cummax(1).values  # (B,T) where the last mark stands
+        last = torch.where(is_mark, index, 0).cummax(1).values  # (B,T): where the last mark stands
         after_eoi = tokens.gather(1, last) == self.vocab_size - 3
         return index - last + self.context_length * after_eoi
 
     def forward(self, tokens, places=None, cache=None, position=0, tables=None, span=None):
         """tokens int64 (B,T) -> logits (B,T,V). The rest is for generation:
 
-        places (B,T): where the tokens stand, if the mark before them is not among them. cache: a KVCache that holds
-        the columns before `position` and receives those of these tokens. tables: the result of tables(), to compute
-        it once. span (low, high): only these rows of the vocabulary, logits (B,T,high-low).
+        places (B,T): where the tokens stand, if the mark before them is not among them. cache: a
+        KVCache with the columns before `position`; gets those of these tokens. tables: what
+        tables() returned, to compute it once. span (low, high): these rows of V only ->
+        (B,T,high-low). Raises InputError for more tokens than the context.
         """
         B, T = tokens.shape
         if position + T > self.context_length:
-            raise InputError(f"{position + T} tokens do not fit the context of {self.context_length}")
+            raise InputError(f"{position + T} tokens, the context holds {self.context_length}")
         embedding, output = tables or self.tables()
-        x = F.embedding(tokens, embedding) + self.places(self.locate(tokens) if places is None else places)  # (B,T,d)
+        places = self.locate(tokens) if places is None else places
+        x = F.embedding(tokens, embedding) + self.places(places)  # (B,T,d)
         mask = None if cache is None else self._mask(T, position, cache.pad, x.device)
         for i, block in enumerate(self.blocks):
             cached = functools.partial(cache.write, i, position) if cache else None
@@ -1049,8 +1104,8 @@ class iGPT(nn.Module):
 
     @staticmethod
     def _mask(T, position, pad, device):
-        """Which columns the T new tokens may look at: bool (B or 1,1,T,position+T), or None where sdpa's own causal
-        mask (a first chunk) or no mask at all (a single token) does the same."""
+        """Where the T new tokens may look, bool (B or 1,1,T,position+T); None where sdpa's own
+        causal mask (a first chunk) or no mask at all (a single token) does the same."""
         if pad is None and (T == 1 or position == 0):
             return None
         columns = torch.arange(position + T, device=device)
@@ -1062,9 +1117,9 @@ class iGPT(nn.Module):
         return mask
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Sequences: pairs to rows of tokens. Every prompt used for sampling is the beginning of such a row.
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 ORDERS = ("image_text", "text_image", "plain")
 
@@ -1075,12 +1130,14 @@ def sequence_length(n_tokens, tokenizer):
 
 
 def make_sequences(tokens, text_ids, tokenizer, order):
-    """Picture tokens (B,N) and captions (B,L+1) from Tokenizer.encode_batch -> sequences int64 (B, N+L+3).
+    """Picture tokens (B,N) and captions (B,L+1) from Tokenizer.encode_batch -> sequences int64 (B,
+    N+L+3).
 
         image_text  BOS EOT IMAGE EOI TEXT     plain  BOS IMAGE EOI TEXT EOT
         text_image  BOS EOI TEXT EOT IMAGE
 
-    Where a caption is shorter than L, an EOT closes it in every order, and PAD fills the end of the row.
+    Where a caption is shorter than L, an EOT closes it in every order, and PAD fills the end of the
+    row.
     """
     t = tokenizer
     bos, eoi, eot = (torch.full((len(tokens), 1), mark, device=tokens.device)
@@ -1092,13 +1149,15 @@ def make_sequences(tokens, text_ids, tokenizer, order):
     if order != "text_image":
         raise InputError(f"unknown order {order!r}: choose from {', '.join(ORDERS)}")
     row = torch.cat([bos, eoi, text_ids, tokens], 1)
-    # The picture follows its caption at once: sort what is PAD to the end and leave the rest as it stands
+    # The picture follows its caption at once: sort what is PAD to the end and leave the rest as it
+    # stands
     return row.gather(1, (row == t.pad_token).to(torch.uint8).argsort(dim=1, stable=True))
 
 
 def mixed_sequences(tokens, text_ids, tokenizer, orders):
-    """A batch shared out evenly over several orders: row i is in orders[i % len(orders)]. (B,N), (B,L+1) -> (B,T)."""
-    rows = torch.empty(len(tokens), sequence_length(tokens.shape[1], tokenizer), dtype=torch.long, device=tokens.device)
+    """A batch dealt out to several orders: row i is in orders[i % len(orders)].
+    (B,N), (B,L+1) -> (B,T)."""
+    rows = tokens.new_empty(len(tokens), sequence_length(tokens.shape[1], tokenizer))
     for i, order in enumerate(orders):
         part = slice(i, None, len(orders))
         rows[part] = make_sequences(tokens[part], text_ids[part], tokenizer, order)
@@ -1106,29 +1165,27 @@ def mixed_sequences(tokens, text_ids, tokenizer, orders):
 
 
 class Sequences(Dataset):
-    """Picture tokens (C*M,N) and captions (M,L+1), handed out as batches of sequences (B,T) in the given orders.
-
-    The tokens may be C copies of the M pictures (augmented, one copy after the other); the captions are the same.
-    """
+    """Picture tokens (C*M,N), C augmented copies of M pictures one after the other, and captions
+    (M,L+1), handed out as batches of sequences (B,T) in the given orders."""
 
     def __init__(self, tokens, text_ids, tokenizer, orders):
-        self.tokens, self.text_ids, self.tokenizer, self.orders = tokens, text_ids, tokenizer, orders
+        self.tokens, self.text_ids = tokens, text_ids
+        self.tokenizer, self.orders = tokenizer, orders
 
     def __len__(self):
         return len(self.tokens)
 
     def __getitem__(self, rows):
         rows = torch.atleast_1d(torch.as_tensor(rows))
-        return mixed_sequences(self.tokens[rows], self.text_ids[rows % len(self.text_ids)], self.tokenizer, self.orders)
+        texts = self.text_ids[rows % len(self.text_ids)]
+        return mixed_sequences(self.tokens[rows], texts, self.tokenizer, self.orders)
 
 
 @torch.no_grad()
 def extract_tokens(vqvae, images, batch_size=250, augment=None):
-    """Run pictures uint8 (M,H,W,3) through the encoder once -> tokens int64 (M,N) on the CPU.
-
-    augment: a function (B,3,H,W) -> (B,3,H,W) applied before. Offline extraction is why phase 2 is cheap: the encoder
-    would otherwise run again in every epoch.
-    """
+    """Run pictures uint8 (M,H,W,3) through the encoder once -> tokens int64 (M,N) on the CPU. Else
+    phase 2 would run it in every epoch. augment: a function (B,3,H,W) -> (B,3,H,W) applied
+    before."""
     device, out = next(vqvae.parameters()).device, []
     for x in make_loader(Pictures(images), batch_size, shuffle=False):
         x = x.to(device)
@@ -1137,49 +1194,101 @@ def extract_tokens(vqvae, images, batch_size=250, augment=None):
 
 
 def create_dataset(images, texts, vqvae, tokenizer, batch_size=128, orders=ORDERS[:2], seed=0):
-    """Pictures (M,H,W,3) in any accepted range and M captions -> a loader of sequences int64 (B,T).
-
-    Each batch holds the orders in equal parts; shuffled anew each epoch. Raises InputError for pictures or captions
-    that do not fit.
-    """
+    """Pictures (M,H,W,3) in any accepted range and M captions -> a loader of sequences int64 (B,T),
+    shuffled anew each epoch, each batch in equal parts of the orders. Raises InputError for
+    pictures or captions that do not fit."""
     images = to_uint8(images)[0]
     if len(images) != len(texts):
         raise InputError(f"{len(texts)} captions for {len(images)} pictures")
-    rows = Sequences(extract_tokens(vqvae, images), tokenizer.encode_batch(texts), tokenizer, orders)
+    tokens, text_ids = extract_tokens(vqvae, images), tokenizer.encode_batch(texts)
+    rows = Sequences(tokens, text_ids, tokenizer, orders)
     return make_loader(rows, batch_size, seed=seed)
 
 
 def text_prompt(tokenizer, caption):
-    """BOS EOI TEXT EOT: what the model has seen before every picture of the text_image order. -> int64 (T,)."""
+    """BOS EOI TEXT EOT, as before every picture of the text_image order -> int64 (T,)."""
     t = tokenizer
-    return torch.cat([torch.tensor([t.bos_token, t.end_of_image_token]), t.text_encode(caption),
-                      torch.tensor([t.end_of_text_token])])
+    return torch.tensor([t.bos_token, t.end_of_image_token, *t.text_encode(caption),
+                         t.end_of_text_token])
 
 
 def image_prompts(tokenizer, tokens):
-    """BOS EOT IMAGE EOI: what the model has seen before every caption of the image_text order. (B,N) -> (B,N+3)."""
-    t = tokenizer
-    return F.pad(F.pad(F.pad(tokens, (1, 0), value=t.end_of_text_token), (1, 0), value=t.bos_token),
-                 (0, 1), value=t.end_of_image_token)
+    """BOS EOT IMAGE EOI, as before every caption of the image_text order: (B,N) -> (B,N+3)."""
+    rows = F.pad(tokens, (2, 1), value=tokenizer.end_of_image_token)
+    rows[:, 0], rows[:, 1] = tokenizer.bos_token, tokenizer.end_of_text_token
+    return rows
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Optimizers
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Training: one loop. The regimes differ in the loss, the parameters and the loader.
+# --------------------------------------------------------------------------------------------------
+
+
+class Muon(torch.optim.Adam):
+    """Adam, but for groups with orthogonal=True: there the update is the momentum's nearest
+    orthogonal matrix (Jordan et al. 2024), so that all directions of a matrix learn alike.
+
+    torch.optim.Muon is the same in bfloat16, which takes a CPU without bfloat16 units seconds. Here
+    it is float32 and batched over matrices of one shape: a tenth of a step, for twice the learning.
+    """
+
+    # "Polar Express" (Amsel et al. 2025): X <- aX + (b XX^T + c (XX^T)^2) X, five times, brings all
+    # singular values near 1
+    COEFFICIENTS = ((8.28721, -23.59589, 17.30039), (4.10706, -2.94785, 0.54484),
+                    (3.94869, -2.90890, 0.55182), (3.31842, -2.48849, 0.51005),
+                    (2.30065, -1.66890, 0.41881))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One update of all groups; takes the gradients of the orthogonal groups."""
+        for group in self.param_groups:
+            by_shape = {}
+            for p in group["params"] if group.get("orthogonal") else ():
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:  # Adam's names, so that its state_dict knows what it sees
+                    state["step"], state["exp_avg"] = torch.tensor(0.0), torch.zeros_like(p)
+                average = state["exp_avg"].lerp_(p.grad, 1 - 0.95)
+                update = p.grad.lerp(average, 0.95)  # Nesterov: a look ahead
+                p.grad = None  # so that Adam passes it by
+                by_shape.setdefault(p.flatten(1).shape, []).append((p, update.flatten(1)))
+            for (rows, columns), pairs in by_shape.items():
+                stack = self.orthogonalize(torch.stack([u for _, u in pairs]))  # (n,rows,columns)
+                for (p, _), update in zip(pairs, stack):
+                    scale = max(1, rows / columns) ** 0.5
+                    p.add_(update.view_as(p), alpha=-group["lr"] * scale)
+        super().step(closure)
+
+    @classmethod
+    def orthogonalize(cls, x):
+        """Matrices (n,rows,columns) -> U V^T of their singular value decompositions U S V^T."""
+        if x.shape[1] > x.shape[2]:  # the products below are then the smaller ones
+            return cls.orthogonalize(x.mT).mT
+        x = x / (1.02 * x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+        for a, b, c in cls.COEFFICIENTS:
+            gram = x @ x.mT  # (n,rows,rows)
+            x = a * x + (b * gram + c * gram @ gram) @ x
+        return x
+
+
+def is_matrix(name, p):
+    """Does Muon handle this parameter? Weights of linear maps and convolutions inside the network;
+    not embeddings and outputs, whose rows belong to tokens, nor filters on three colours."""
+    layer = name.split(".")[0] in ("blocks", "encoder", "decoder")
+    return layer and p.dim() in (2, 4) and min(p.shape[:2]) > 3
 
 
 def make_optimizer(cfg, groups):
-    """Adam over the groups of parameter_groups."""
-    return torch.optim.Adam(groups)
-
-
-# ------------------------------------------------------------------------------------------------------------------
-# Training: one loop. What differs between the regimes is the loss, the parameters and the loader.
-# ------------------------------------------------------------------------------------------------------------------
+    """Adam, or Muon, over parameter_groups."""
+    if cfg.optimizer == "adam":
+        return torch.optim.Adam(groups)
+    return Muon(groups, betas=(0.9, 0.95), eps=1e-10)
 
 
 def create_cosine_scheduler(optimizer, warmup_steps=1000, total_steps=10_000, floor=0.0):
-    """Learning rate factor: linear from 0 to 1 in warmup_steps, then half a cosine down to `floor` at total_steps."""
+    """Factor on all learning rates: up from 0 in warmup_steps, then half a cosine down to `floor`
+    at total_steps. -> a torch scheduler, to be stepped once a training step."""
 
     def factor(step):
         if step < warmup_steps:
@@ -1193,44 +1302,49 @@ def create_cosine_scheduler(optimizer, warmup_steps=1000, total_steps=10_000, fl
 class Trainer:
     """The training loop that the library and the command line share.
 
-    modules: dict name -> nn.Module. optimizer: any torch optimizer over their parameters. scheduler: stepped once a
-    step, or None. clip: largest norm of the whole gradient. seed: if given, every step's noise (dropout, restarts,
-    augmentation) follows from (seed, phase, step), so a resumed run sees what the unbroken one saw. on_step(trainer)
-    and on_epoch(trainer, row) are called after each step and each pass of the loader.
+    modules: dict name -> nn.Module. optimizer: any torch optimizer over their parameters.
+    scheduler: stepped once a step, or None. clip: largest norm of the whole gradient. seed: if
+    given, a step's noise follows from (seed, phase, step), so a resumed run sees what the unbroken
+    one saw. bf16: matrix products in bfloat16. on_step(trainer) and on_epoch(trainer, row), which
+    may be replaced, are called after each step and each pass of the loader.
 
     Subclasses say what the loss of a batch is and what to measure on the test loader.
     """
 
     phase = "train"
 
-    def __init__(self, modules, optimizer, device, scheduler=None, clip=1.0, seed=None, on_step=None, on_epoch=None):
-        self.modules, self.optimizer, self.device = modules, optimizer, device
-        self.scheduler, self.clip, self.seed = scheduler, clip, seed
-        self.on_step, self.on_epoch = on_step or (lambda t: None), on_epoch or (lambda t, row: None)
+    def __init__(self, modules, optimizer, device, scheduler=None, clip=1.0, seed=None, bf16=False):
+        self.modules, self.optimizer, self.device = modules, optimizer, torch.device(device)
+        self.scheduler, self.clip, self.seed, self.bf16 = scheduler, clip, seed, bf16
+        self.on_step, self.on_epoch = lambda trainer: None, lambda trainer, row: None
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self.step, self.last_loss, self.sums = 0, math.nan, {}  # sums of this epoch's losses, by name
+        self.step, self.last_loss, self.sums = 0, math.nan, {}  # sums: this pass's losses, by name
         self.train_losses, self.test_losses = [], []
 
     def loss(self, batch):
-        """The batch -> (scalar loss with gradient, dict of other scalars to average over the epoch)."""
+        """A batch -> (scalar loss with gradient, dict of more scalars to average over the pass)."""
         raise NotImplementedError
 
     def test(self, test_loader):
-        """Measurements over the test loader, without gradient: a dict of floats with at least 'loss'."""
+        """Measurements over the test loader: a dict of floats with at least 'loss'."""
         raise NotImplementedError
 
     def train(self, train_loader, test_loader, num_epochs):
-        """Train until num_epochs passes of the loader are done; returns (train_losses, test_losses), one float a pass.
+        """Train until num_epochs passes of the loader are done, going on from self.step.
 
-        Goes on from self.step, which load_state_dict sets. Raises TrainingError when a loss is not finite.
+        Returns (train_losses, test_losses), a float a pass each. Raises TrainingError when a loss
+        is not finite.
         """
         per_epoch = len(train_loader)
+        quantizers = [m.codebook for m in self.modules.values() if isinstance(m, VQVAE)]
         for epoch in range(self.step // per_epoch, num_epochs):
             if hasattr(train_loader.sampler, "set_epoch"):
                 train_loader.sampler.set_epoch(epoch, skip=self.step % per_epoch)
             for module in self.modules.values():
                 module.train()
             for batch in train_loader:
+                for quantizer in quantizers:
+                    quantizer.settled = self.step > 0.6 * per_epoch * num_epochs
                 self.train_step(batch)
                 self.on_step(self)
             self._end_epoch(epoch, test_loader)
@@ -1240,11 +1354,12 @@ class Trainer:
         """Forward, backward, clip, update."""
         if self.seed is not None:
             torch.manual_seed(zlib.crc32(f"{self.seed} {self.phase} {self.step}".encode()))
-        loss, parts = self.loss(to_device(batch, self.device))
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            loss, parts = self.loss(to_device(batch, self.device))
         self.last_loss = loss.item()
         if not math.isfinite(self.last_loss):
-            raise TrainingError(f"the loss is {self.last_loss} at step {self.step} of phase {self.phase}: "
-                                "try a lower learning rate")
+            raise TrainingError(f"the loss is {self.last_loss} at step {self.step} of phase "
+                                f"{self.phase}: try a lower learning rate")
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(self.parameters, self.clip)
@@ -1261,7 +1376,8 @@ class Trainer:
         with torch.no_grad():
             measured = self.test(test_loader)
         steps = self.sums.pop("steps", 1.0)
-        row = {"phase": self.phase, "epoch": epoch + 1, "step": self.step, "lr": self.optimizer.param_groups[0]["lr"]}
+        row = {"phase": self.phase, "epoch": epoch + 1, "step": self.step,
+               "lr": self.optimizer.param_groups[0]["lr"]}
         row |= {f"train_{name}": total / steps for name, total in self.sums.items()}
         row |= {f"test_{name}": value for name, value in measured.items()}
         self.sums = {}
@@ -1282,7 +1398,7 @@ class Trainer:
     def load_state_dict(self, state):
         """Take up training where state_dict() was called."""
         self.step, self.sums = state["step"], dict(state["sums"])
-        self.train_losses, self.test_losses = list(state["train_losses"]), list(state["test_losses"])
+        self.train_losses, self.test_losses = state["train_losses"], state["test_losses"]
         for name, module in self.modules.items():
             module.load_state_dict(state["modules"][name])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -1291,12 +1407,22 @@ class Trainer:
 
 
 class TrainingError(InputError):
-    """Training went wrong in a way more steps will not mend."""
+    """Training went wrong in a way that more steps will not mend."""
+
+
+def use_bf16(precision, device):
+    """Train with bfloat16 products? 'auto': where the processor has units for it. -> bool"""
+    if precision == "auto" and device.type == "cpu":
+        return torch.cpu._is_avx512_bf16_supported()
+    if precision == "auto" and device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    return precision == "bf16"
 
 
 def to_device(batch, device):
     """A tensor or a tuple of tensors -> the same on the device."""
-    return tuple(t.to(device) for t in batch) if isinstance(batch, (tuple, list)) else batch.to(device)
+    several = isinstance(batch, (tuple, list))
+    return tuple(t.to(device) for t in batch) if several else batch.to(device)
 
 
 class VQVAETrainer(Trainer):
@@ -1315,19 +1441,22 @@ class VQVAETrainer(Trainer):
 
     def test(self, test_loader):
         """The loss and measure_reconstruction's figures."""
-        return measure_reconstruction(self.model, (to_device(b, self.device) for b in test_loader), self.beta)
+        batches = (to_device(b, self.device) for b in test_loader)
+        return measure_reconstruction(self.model, batches, self.beta)
 
 
+@torch.no_grad()
 def measure_reconstruction(vqvae, batches, beta=0.25):
-    """Over batches (B,3,H,W): loss, recon_mse ([-1,1] units), recon_psnr (dB; the range is 2 wide), codebook_used
-    (share of codes chosen at least once), codebook_perplexity (exp of the entropy of their use)."""
-    loss, mse, n, counts = 0.0, 0.0, 0, 0
+    """Over batches (B,3,H,W): loss, recon_mse ([-1,1] units), recon_psnr (dB; values span 2),
+    codebook_used (share of codes chosen at all), codebook_perplexity (exp of their use's
+    entropy)."""
+    loss = mse = n = counts = 0
     for x in batches:
         z_e, z_q, recon_x = vqvae(x)
         loss += compute_loss(x, recon_x, z_e, z_q, beta).item() * len(x)
         mse += F.mse_loss(recon_x, x).item() * len(x)
         n += len(x)
-        counts = counts + torch.bincount(vqvae.get_tokens(x).flatten(), minlength=vqvae.n_embeddings)
+        counts += torch.bincount(vqvae.get_tokens(x).flatten(), minlength=vqvae.n_embeddings)
     share = counts / counts.sum()
     return {
         "loss": loss / n,
@@ -1339,65 +1468,76 @@ def measure_reconstruction(vqvae, batches, beta=0.25):
 
 
 def target_weights(sequences, vocab_size, caption_weight):
-    """How much each prediction counts: sequences (B,T) -> float (B,T-1), for targets sequences[:, 1:].
+    """How much each prediction counts: sequences (B,T) -> (B,T-1), for the targets sequences[:,
+    1:].
 
-    PAD counts nothing. The words of a caption that FOLLOWS a picture count caption_weight: they are 6 targets of 57, in
-    half of the rows, but the whole of captioning, and their gradient drowns in that of the picture tokens.
+    PAD counts nothing. The words of a caption that FOLLOWS a picture count caption_weight: they are
+    6 targets of 57, in half of the rows, but all there is to captioning.
     """
-    pad, bos, eoi, eot = (vocab_size - i for i in (1, 2, 3, 4))
+    pad, eoi = vocab_size - 1, vocab_size - 3
     captioning = ((sequences[:, :-1] == eoi).cumsum(1) > 0) & (sequences[:, 1:2] != eoi)
     return torch.where(captioning, caption_weight, 1.0) * (sequences[:, 1:] != pad)
 
 
+def measure_prediction(igpt, batches):
+    """Over batches of sequences (B,T): loss (nats a token, unweighted, without PAD) and accuracy
+    (share of tokens that are the most likely one)."""
+    total = right = n = 0
+    for rows in batches:
+        logits, targets = igpt(rows[:, :-1]), rows[:, 1:]
+        real = targets != igpt.vocab_size - 1
+        total += F.cross_entropy(logits[real], targets[real], reduction="sum").item()
+        right += (logits.argmax(-1) == targets)[real].sum().item()
+        n += real.sum().item()
+    return {"loss": total / n, "accuracy": right / n}
+
+
 class iGPTTrainer(Trainer):
-    """Phase 2: batches are sequences int64 (B,T), as create_dataset makes them. The last id of the vocabulary is PAD."""
+    """Phase 2: batches are sequences int64 (B,T), as create_dataset makes them; the last id is PAD.
+
+    Raises InputError if sequence_length does not fit the model's context.
+    """
 
     phase = "igpt"
 
-    def __init__(self, model, optimizer, device, vocab_size, sequence_length, caption_weight=1.0, **options):
+    def __init__(self, model, optimizer, device, vocab_size, sequence_length, caption_weight=1.0,
+                 **options):
         super().__init__({"igpt": model}, optimizer, device, **options)
         self.model, self.vocab_size, self.caption_weight = model, vocab_size, caption_weight
-        assert sequence_length <= model.context_length + 1, "the model's context is too short for these sequences"
+        if sequence_length > model.context_length + 1:
+            raise InputError(f"sequences of {sequence_length} do not fit the model's context")
 
     def loss(self, batch):
         """Weighted next-token cross-entropy, nats."""
-        logits = self.model(batch[:, :-1])  # (B,T-1,V)
-        nll = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="none")  # (B*(T-1),)
-        weight = target_weights(batch, self.vocab_size, self.caption_weight).flatten()
+        logits = self.model(batch[:, :-1]).float()  # (B,T-1,V)
+        nll = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="none")
+        weight = target_weights(batch, self.vocab_size, self.caption_weight).flatten()  # (B*(T-1),)
         return (nll * weight).sum() / weight.sum(), {}
 
     def test(self, test_loader):
-        """Plain cross-entropy, nats a token, and the share of tokens whose most likely prediction is right."""
-        total = right = n = 0
-        for batch in test_loader:
-            batch = to_device(batch, self.device)
-            logits, targets = self.model(batch[:, :-1]), batch[:, 1:]
-            real = targets != self.vocab_size - 1
-            total += F.cross_entropy(logits[real], targets[real], reduction="sum").item()
-            right += (logits.argmax(-1) == targets)[real].sum().item()
-            n += real.sum().item()
-        return {"loss": total / n, "accuracy": right / n}
+        """See measure_prediction."""
+        return measure_prediction(self.model, (to_device(b, self.device) for b in test_loader))
 
 
 class JointTrainer(Trainer):
-    """`single` and phase 3: everything at once. Batches are (pictures (B,3,H,W), captions (B,L+1)).
+    """`single` and phase 3: all at once. Batches are (pictures (B,3,H,W), captions (B,L+1)).
 
-    L = recon + codebook + beta * commit + lambda * xent. The decoder always gets the encoder's own codes (teacher
-    forcing). lambda is 0 for `warmup` steps, while there are no codes worth predicting, then rises in `ramp` steps.
-    tau: temperature of the soft targets, in units of the mean squared distance between a feature and its code.
+    L = recon + codebook + beta * commit + lambda * xent. The decoder always gets the encoder's own
+    codes. lambda is 0 for `warmup` steps, while there are no codes worth predicting, then rises for
+    `ramp` steps. tau: temperature of the soft targets, in mean squared quantization errors.
     """
 
-    def __init__(self, phase, vqvae, igpt, tokenizer, optimizer, device, beta=0.25, lambda_xent=0.5, warmup=0, ramp=1,
-                 tau=0.5, orders=ORDERS[:2], caption_weight=1.0, **options):
+    def __init__(self, phase, vqvae, igpt, tokenizer, optimizer, device, beta=0.25, lambda_xent=0.5,
+                 warmup=0, ramp=0, tau=0.5, orders=ORDERS[:2], caption_weight=1.0, **options):
         super().__init__({"vqvae": vqvae, "igpt": igpt}, optimizer, device, **options)
         self.phase, self.vqvae, self.igpt, self.tokenizer = phase, vqvae, igpt, tokenizer
         self.beta, self.tau, self.orders, self.caption_weight = beta, tau, orders, caption_weight
         self.lambda_xent, self.warmup, self.ramp = lambda_xent, warmup, ramp
-        self.first_tokens = None  # the test pictures' tokens before fine-tuning, to measure their drift
+        self.first_tokens = None  # the test pictures' tokens at the first test, to measure drift
 
     def lambda_now(self):
         """lambda at the current step."""
-        return self.lambda_xent * min(1.0, max(0.0, (self.step + 1 - self.warmup) / max(1, self.ramp)))
+        return self.lambda_xent * min(1, max(0, (self.step + 1 - self.warmup) / max(1, self.ramp)))
 
     def loss(self, batch):
         """The joint loss; while lambda is 0 the transformer is not even run."""
@@ -1413,59 +1553,57 @@ class JointTrainer(Trainer):
         return loss + weight * xent, {"vqvae": loss.item(), "xent": xent.item(), "lambda": weight}
 
     def cross_entropy(self, rows, z_e):
-        """Cross-entropy of the sequences (B,T) whose picture tokens came from z_e -> scalar.
+        """Cross-entropy of sequences (B,T) whose picture tokens came from z_e (B,D,h,w) -> scalar.
 
-        The target of a picture token is onehot(code) + soft - sg[soft], soft = softmax(-|z_e - e_k|^2 / tau): in value
-        the code itself, so the transformer learns from the tokens it will be asked for; in gradient the soft
-        assignment, so that features and codes move to where the transformer expects them (straight-through again).
+        The target of a picture token is onehot(code) + soft - sg[soft], where soft is
+        softmax(-|z_e - e_k|^2 / tau): in value the code, so the transformer learns the tokens it
+        will be asked for; in gradient the soft assignment, so features and codes move to where the
+        transformer expects them. (Soft values would teach it to be as unsure as they are.)
         """
         targets = rows[:, 1:]
-        log_p = F.log_softmax(self.igpt(rows[:, :-1]), dim=-1)  # (B,T-1,V)
+        log_p = F.log_softmax(self.igpt(rows[:, :-1]).float(), dim=-1)  # (B,T-1,V)
         nll = -log_p.gather(2, targets[..., None])[..., 0]  # (B,T-1)
-        flat = z_e.movedim(1, -1).flatten(0, 2)  # (B*N,D): row by row, the order in which the tokens stand
-        distance = self.vqvae.codebook.distances(flat) + flat.square().sum(1, keepdim=True)  # (B*N,K)
+        flat = z_e.float().movedim(1, -1).flatten(0, 2)  # (B*N,D), in the order of the tokens
+        # (B*N,K)
+        distance = self.vqvae.codebook.distances(flat) + flat.square().sum(1, keepdim=True)
         scale = self.tau * distance.detach().amin(1).mean().clamp(min=1e-6)
         soft = F.softmax(-distance / scale, dim=1)
         is_code = targets < self.vqvae.n_embeddings  # (B,T-1), N a row
-        expected = -((soft - soft.detach()) * log_p[is_code][:, : soft.shape[1]]).sum(1)  # (B*N,), value 0
+        log_p = log_p[is_code][:, : self.vqvae.n_embeddings]  # (B*N,K)
+        expected = -((soft - soft.detach()) * log_p.detach()).sum(1)  # (B*N,), of value 0
         nll = nll + torch.zeros_like(nll).masked_scatter(is_code, expected)
         weight = target_weights(rows, self.igpt.vocab_size, self.caption_weight)
         return (nll * weight).sum() / weight.sum()
 
     def test(self, test_loader):
-        """Figures of both models, and the drift: the share of test tokens that are not what they were at first."""
+        """Figures of both models, and the drift: the share of test tokens that have changed."""
         batches = [to_device(b, self.device) for b in test_loader]
-        out = measure_reconstruction(self.vqvae, (x for x, _ in batches), self.beta)
-        nll = right = n = 0
         tokens = [self.vqvae.get_tokens(x).flatten(1) for x, _ in batches]
-        for t, (_, text_ids) in zip(tokens, batches):
-            rows = mixed_sequences(t, text_ids, self.tokenizer, self.orders)
-            logits, targets = self.igpt(rows[:, :-1]), rows[:, 1:]
-            real = targets != self.tokenizer.pad_token
-            nll += F.cross_entropy(logits[real], targets[real], reduction="sum").item()
-            right += (logits.argmax(-1) == targets)[real].sum().item()
-            n += real.sum().item()
+        rows = (mixed_sequences(t, text_ids, self.tokenizer, self.orders)
+                for t, (_, text_ids) in zip(tokens, batches))
+        out = measure_reconstruction(self.vqvae, (x for x, _ in batches), self.beta)
+        prediction = measure_prediction(self.igpt, rows)
+        tokens = torch.cat(tokens)  # (test pictures, N)
         self.first_tokens = tokens if self.first_tokens is None else self.first_tokens
-        moved = torch.cat([(a != b).float().mean(1) for a, b in zip(tokens, self.first_tokens)]).mean().item()
-        return out | {"loss": out["loss"] + self.lambda_now() * nll / n, "nll": nll / n, "accuracy": right / n,
-                      "drift": moved}
+        out["loss"] += self.lambda_now() * prediction["loss"]
+        return out | {"nll": prediction["loss"], "accuracy": prediction["accuracy"],
+                      "drift": (tokens != self.first_tokens).float().mean().item()}
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Sampling: logits -> probabilities -> one token -> prefill and decode -> spans -> captions, pictures, pairs
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Sampling: logits -> probabilities -> one token -> prefill and decode -> captions, pictures, pairs
+# --------------------------------------------------------------------------------------------------
 
 
 def logits_to_probs(logits, temperature=1.0, top_k=0, top_p=1.0):
     """logits (B,S) -> probabilities (B,S). top_k 0 and top_p 1 keep everything."""
     logits = logits / max(temperature, 1e-5)
-    if 0 < top_k < logits.shape[-1]:
-        # keep the k most likely: everything below the k-th largest logit goes
+    if 0 < top_k < logits.shape[-1]:  # everything below the k-th largest logit goes
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
     probs = F.softmax(logits, dim=-1)
     if top_p < 1:
-        # keep the smallest set of tokens that holds top_p of the mass (Holtzman et al. 2019): a token goes if those
-        # ahead of it hold that much without it; so the first always stays
+        # Keep the fewest tokens that hold top_p of the mass (Holtzman et al. 2019): a token goes if
+        # those ahead of it hold that much without it; so the first always stays.
         ordered, index = probs.sort(dim=-1, descending=True)
         ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered >= top_p, 0.0)
         probs = torch.zeros_like(probs).scatter(-1, index, ordered)
@@ -1482,37 +1620,38 @@ def sample_token(logits, how, generator=None):
 
 
 def left_pad(prompts, pad_token):
-    """Prompts, a list of int64 (T_i,) -> tokens (B,T) aligned at the right, and the number of pads (B,) or None."""
-    longest = max(map(len, prompts))
-    pad = torch.tensor([longest - len(p) for p in prompts])
-    return torch.stack([F.pad(p, (longest - len(p), 0), value=pad_token) for p in prompts]), pad if pad.any() else None
+    """Prompts, a list of int64 (T_i,) -> tokens (B,T) aligned at the right, pads (B,) or None."""
+    pads = [max(map(len, prompts)) - len(p) for p in prompts]
+    tokens = torch.stack([F.pad(p, (n, 0), value=pad_token) for p, n in zip(prompts, pads)])
+    return tokens, torch.tensor(pads) if any(pads) else None
 
 
 @torch.no_grad()
 def generate(model, prompts, n_new, span, how, generator=None, unconditional=None, stop=None):
     """Continue prompts by n_new tokens, all from one span of the vocabulary -> int64 (B,n_new).
 
-    prompts: list of int64 (T_i,), which may be of unlike length. span: (low, high), the only ids allowed. how: a
-    SamplingConfig. generator: a torch.Generator on the model's device. unconditional: a prompt (T,) for classifier-free
-    guidance (Ho & Salimans 2022), logits = cond + w * (cond - uncond); both branches run in one batch with one cache.
-    stop: a token after which the rest of a row is that token.
+    prompts: list of int64 (T_i,), of any lengths. span: (low, high), the only ids allowed. how: a
+    SamplingConfig. generator: on the model's device. unconditional: a prompt (T,) for guidance
+    without a classifier (Ho & Salimans 2022), logits = cond + w * (cond - uncond); both share a
+    batch and a cache. stop: a token after which the rest of a row is that token.
     """
     was_training, device, B = model.training, next(model.parameters()).device, len(prompts)
     model.eval()
     guided = unconditional is not None and how.guidance > 0
     tokens, pad = left_pad(prompts + [unconditional] * B * guided, model.vocab_size - 1)
     tokens, pad = tokens.to(device), pad if pad is None else pad.to(device)
-    rows, T = tokens.shape
-    block = model.blocks[0].attention
+    (rows, T), block = tokens.shape, model.blocks[0].attention
     head_dim = block.out.in_features // block.n_heads
     cache = KVCache(len(model.blocks), rows, block.n_heads, T + n_new, head_dim, device, pad)
     tables, places = model.tables(), model.locate(tokens)
-    logits = model(tokens, places, cache, 0, tables, span)[:, -1]  # prefill: the whole prompt in one pass
+    logits = model(tokens, places, cache, 0, tables, span)[:, -1]  # prefill: the prompt in one pass
     place, new, ended = places[:, -1:], [], torch.zeros(B, dtype=torch.bool, device=device)
     for i in range(n_new):
         if guided:
             cond, uncond = logits.chunk(2)
             logits = cond + how.guidance * (cond - uncond)
+        if stop is not None and i == 0:  # a caption has at least one word
+            logits[:, stop - span[0]] = -math.inf
         token = span[0] + sample_token(logits, how, generator)  # (B,)
         if stop is not None:
             token = torch.where(ended, stop, token)
@@ -1532,100 +1671,99 @@ def _chunks(items, size=256):
 
 
 def sample_images(model, tokenizer, n_tokens, captions, how, generator=None):
-    """Captions (list of B str) -> picture tokens int64 (B,n_tokens). Raises InputError for an unknown word."""
+    """B captions -> picture tokens int64 (B,n_tokens). Raises InputError as text_encode does."""
     unconditional = torch.tensor([tokenizer.bos_token, tokenizer.end_of_text_token])
-    return torch.cat([
-        generate(model, [text_prompt(tokenizer, c) for c in part], n_tokens, tokenizer.image_span, how, generator,
-                 unconditional)
-        for part in _chunks(captions)
-    ])
+    return torch.cat([generate(model, [text_prompt(tokenizer, c) for c in part], n_tokens,
+                               tokenizer.image_span, how, generator, unconditional)
+                      for part in _chunks(captions)])
 
 
 def sample_captions(model, tokenizer, tokens, how, generator=None):
     """Picture tokens (B,N) -> list of B captions."""
-    prompts, out = image_prompts(tokenizer, tokens.cpu()), []
-    for part in _chunks(list(prompts)):
-        ids = generate(model, part, tokenizer.caption_length, tokenizer.text_span, how, generator,
-                       stop=tokenizer.end_of_text_token)
-        out += [tokenizer.text_decode(row) for row in ids]
-    return out
+    prompts = list(image_prompts(tokenizer, tokens.cpu()))
+    return _continue_captions(model, tokenizer, prompts, how, generator)
+
+
+def _continue_captions(model, tokenizer, prompts, how, generator):
+    """Prompts that end in EOI -> the captions that follow."""
+    stop = tokenizer.end_of_text_token
+    return [tokenizer.text_decode(row) for part in _chunks(prompts)
+            for row in generate(model, part, tokenizer.caption_length, tokenizer.text_span, how,
+                                generator, stop=stop)]
 
 
 def sample_pairs(model, tokenizer, n_tokens, n, how, generator=None):
     """n pairs from nothing but BOS -> picture tokens (n,n_tokens), list of n captions.
 
-    The model first chooses between EOT (a picture comes first, its caption after) and EOI (the other way round);
-    what it makes first is the prompt of the second.
+    The model first chooses between EOT (a picture comes first, then its caption) and EOI (the other
+    way round); what it makes first is the prompt of the second.
     """
-    bos = torch.tensor([tokenizer.bos_token])
-    first = generate(model, [bos] * n, 1, tokenizer.start_span, how, generator)[:, 0]  # (n,)
+    t, bos = tokenizer, [torch.tensor([tokenizer.bos_token])] * n
+    first = generate(model, bos, 1, t.start_span, how, generator)[:, 0]  # (n,)
     tokens, captions = torch.zeros(n, n_tokens, dtype=torch.long), [""] * n
-    picture_first = (first == tokenizer.end_of_text_token).nonzero()[:, 0].tolist()
-    text_first = (first == tokenizer.end_of_image_token).nonzero()[:, 0].tolist()
-    for rows in _chunks(picture_first):
-        prompt = torch.tensor([tokenizer.bos_token, tokenizer.end_of_text_token])
-        tokens[rows] = generate(model, [prompt] * len(rows), n_tokens, tokenizer.image_span, how, generator).cpu()
-        for row, caption in zip(rows, sample_captions(model, tokenizer, tokens[rows], how, generator)):
-            captions[row] = caption
-    for rows in _chunks(text_first):
-        prompt = torch.tensor([tokenizer.bos_token, tokenizer.end_of_image_token])
-        ids = generate(model, [prompt] * len(rows), tokenizer.caption_length, tokenizer.text_span, how, generator,
-                       stop=tokenizer.end_of_text_token)
-        for row, caption in zip(rows, ids):
-            captions[row] = tokenizer.text_decode(caption)
-        tokens[rows] = sample_images(model, tokenizer, n_tokens, [captions[r] for r in rows], how, generator).cpu()
+    for mark in (t.end_of_text_token, t.end_of_image_token):
+        for rows in _chunks((first == mark).nonzero()[:, 0].tolist()):
+            prompts = [torch.tensor([t.bos_token, mark])] * len(rows)
+            if mark == t.end_of_text_token:
+                made = generate(model, prompts, n_tokens, t.image_span, how, generator)
+                texts = sample_captions(model, t, made, how, generator)
+            else:
+                texts = _continue_captions(model, t, prompts, how, generator)
+                made = sample_images(model, t, n_tokens, texts, how, generator)
+            tokens[rows] = made.cpu()
+            for row, text in zip(rows, texts):
+                captions[row] = text
     return tokens, captions
 
 
 def _n_tokens(model, tokenizer):
-    return model.context_length - tokenizer.caption_length - 3  # BOS, EOI, EOT and the caption; the rest is picture
+    return model.context_length - tokenizer.caption_length - 3  # less BOS, EOI, EOT and the caption
 
 
+@torch.no_grad()
 def generate_from_text(model, tokenizer, vqvae, prompt, device, how=None, generator=None):
-    """A caption -> a picture (1,3,H,W) in [-1,1]. Raises InputError for an unknown word (naming the nearest)."""
-    how = how or SamplingConfig()
-    tokens = sample_images(model, tokenizer, _n_tokens(model, tokenizer), [prompt], how, generator)
-    with torch.no_grad():
-        return vqvae.decode_tokens(tokens.to(device))
+    """A caption -> a picture (1,3,H,W) in [-1,1]. Raises InputError as text_encode does."""
+    n_tokens, how = _n_tokens(model, tokenizer), how or SamplingConfig()
+    tokens = sample_images(model, tokenizer, n_tokens, [prompt], how, generator)
+    return vqvae.decode_tokens(tokens.to(device))
 
 
 def generate_from_image(model, tokenizer, vqvae, image, device, how=None, generator=None):
     """A picture (3,H,W) in [-1,1] -> its caption."""
-    tokens = vqvae.get_tokens(image.unsqueeze(0).to(device)).flatten(1)
+    tokens = vqvae.get_tokens(image.unsqueeze(0).to(device)).flatten(1)  # (1,N)
     return sample_captions(model, tokenizer, tokens, how or SamplingConfig(), generator)[0]
 
 
+@torch.no_grad()
 def generate_unconditional(model, tokenizer, vqvae, n_samples, device, how=None, generator=None):
     """n_samples pairs -> pictures (n,3,H,W) in [-1,1] and a list of n captions."""
-    tokens, captions = sample_pairs(model, tokenizer, _n_tokens(model, tokenizer), n_samples, how or SamplingConfig(),
-                                    generator)
-    with torch.no_grad():
-        return vqvae.decode_tokens(tokens.to(device)), captions
+    n_tokens, how = _n_tokens(model, tokenizer), how or SamplingConfig()
+    tokens, captions = sample_pairs(model, tokenizer, n_tokens, n_samples, how, generator)
+    return vqvae.decode_tokens(tokens.to(device)), captions
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Evaluation: what the two models are worth, over the whole test split
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def span_nll(model, tokenizer, rows, batch_size=250):
-    """Teacher forcing over sequences (M,T): nats and hits of the picture's and of the caption's targets.
+    """Teacher forcing over sequences (M,T): nats and hits on picture and caption targets.
 
-    Returns {'image': (total nats, hits, count), 'text': (...)}. The caption's targets are its words and, where it is
-    shorter than the longest, the EOT that ends it; marks whose place is certain count nowhere.
+    Returns {'image': (total nats, hits, count), 'text': (...)}. The caption's targets are its words
+    and, where it is short, the EOT that ends it; marks whose place is certain count nowhere.
     """
     device, out = next(model.parameters()).device, {"image": [0, 0, 0], "text": [0, 0, 0]}
-    for batch in rows.split(batch_size):
-        batch = batch.to(device)
+    for batch in rows.to(device).split(batch_size):
         logits, targets = model(batch[:, :-1]), batch[:, 1:]
-        nll = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
+        nll = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+        nll = nll.view_as(targets)  # (B,T-1)
         hit = logits.argmax(-1) == targets
-        after_text = (batch[:, :-1] < tokenizer.end_of_text_token) & (batch[:, :-1] >= tokenizer.n_embeddings)
-        is_word = (targets >= tokenizer.n_embeddings) & (targets < tokenizer.end_of_text_token)
-        short = tokenizer.caption_length > is_word.sum(1, keepdim=True)
-        ends = (targets == tokenizer.end_of_text_token) & after_text & short
-        for name, here in (("image", targets < tokenizer.n_embeddings), ("text", is_word | ends)):
+        word = (batch >= tokenizer.n_embeddings) & (batch < tokenizer.end_of_text_token)  # (B,T)
+        short = word.sum(1, keepdim=True) < tokenizer.caption_length
+        text = word[:, 1:] | (targets == tokenizer.end_of_text_token) & word[:, :-1] & short
+        for name, here in (("image", targets < tokenizer.n_embeddings), ("text", text)):
             for i, value in enumerate((nll[here].sum(), hit[here].sum(), here.sum())):
                 out[name][i] += value.item()
     return out
@@ -1633,7 +1771,7 @@ def span_nll(model, tokenizer, rows, batch_size=250):
 
 @torch.no_grad()
 def evaluate(vqvae, igpt, tokenizer, images, captions, how, seed=0):
-    """Every figure of `eval --json`, over pictures uint8 (M,H,W,3) and their M captions -> dict of floats."""
+    """Every figure of `eval --json` over pictures uint8 (M,H,W,3), M captions -> dict of floats."""
     device = next(vqvae.parameters()).device
     vqvae.eval(), igpt.eval()
     generator = torch.Generator(device).manual_seed(seed)
@@ -1641,42 +1779,41 @@ def evaluate(vqvae, igpt, tokenizer, images, captions, how, seed=0):
     out = measure_reconstruction(vqvae, (x.to(device) for x in pictures))
     del out["loss"]
     tokens, text_ids = extract_tokens(vqvae, images), tokenizer.encode_batch(captions)
-    drawn = span_nll(igpt, tokenizer, make_sequences(tokens, text_ids, tokenizer, "text_image"))
-    read = span_nll(igpt, tokenizer, make_sequences(tokens, text_ids, tokenizer, "image_text"))
-    out["nll_text_to_image"] = drawn["image"][0] / drawn["image"][2]
-    out["nll_image_to_text"] = read["text"][0] / read["text"][2]
-    out["nll_image"] = read["image"][0] / read["image"][2]
-    out["nll_text"] = drawn["text"][0] / drawn["text"][2]
+    drawn, read = (span_nll(igpt, tokenizer, make_sequences(tokens, text_ids, tokenizer, order))
+                   for order in ("text_image", "image_text"))
+    for name, (nats, _, n) in (("text_to_image", drawn["image"]), ("image_to_text", read["text"]),
+                               ("image", read["image"]), ("text", drawn["text"])):
+        out[f"nll_{name}"] = nats / n
     out["code_accuracy"] = drawn["image"][1] / drawn["image"][2]
     greedy = dataclasses.replace(how, greedy=True)
     out["caption_exact"], out["caption_slot_accuracy"] = compare_captions(
         sample_captions(igpt, tokenizer, tokens, greedy), captions)
     # Text -> picture -> text goes through pixels: what we read is what a person would be shown
     made = sample_images(igpt, tokenizer, tokens.shape[1], captions, how, generator)
-    seen = torch.cat([vqvae.get_tokens(vqvae.decode_tokens(t.to(device))).flatten(1) for t in made.split(250)])
-    out["round_trip_exact"], _ = compare_captions(sample_captions(igpt, tokenizer, seen, greedy), captions)
+    seen = torch.cat([vqvae.get_tokens(vqvae.decode_tokens(t.to(device))).flatten(1)
+                      for t in made.split(250)])  # (M,N)
+    texts = sample_captions(igpt, tokenizer, seen, greedy)
+    out["round_trip_exact"] = compare_captions(texts, captions)[0]
     return out
 
 
 def compare_captions(found, wanted):
-    """Two lists of captions -> share that agree wholly, share of the wanted words found at their place."""
+    """Two lists of captions -> share wholly alike, share of the wanted words found in place."""
     words = right = 0
-    for a, b in zip(found, wanted):
-        b = b.split()
-        a = a.split() + [""] * len(b)
-        words, right = words + len(b), right + sum(x == y for x, y in zip(a, b))
+    for a, b in zip(found, map(str.split, wanted)):
+        words, right = words + len(b), right + sum(x == y for x, y in zip(a.split(), b))
     return sum(a == b for a, b in zip(found, wanted)) / len(wanted), right / words
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Files: checkpoints, pictures, curves
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 FORMAT = 1  # of checkpoints; raise it whenever an old file would be misread
 
 
 def atomic_write(path, data):
-    """Write bytes beside their place, flush them to the disk, rename: whoever looks sees the old file or the new."""
+    """Write bytes beside their place, flush to disk, rename: one sees the old file or the new."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -1691,21 +1828,22 @@ def atomic_write(path, data):
 
 
 def save_checkpoint(path, kind, content):
-    """A dict of tensors, numbers, strings and containers of them -> a .pth file that says what it is."""
+    """A dict of tensors, numbers, strings and containers -> a .pth file that says what it is."""
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, "kind": kind, **content}, buffer)
     atomic_write(path, buffer.getvalue())
 
 
 def load_checkpoint(path, kind):
-    """The dict that save_checkpoint wrote, read without running any code (weights_only). Raises InputError."""
+    """What save_checkpoint wrote, read without running any code. Raises InputError."""
     if not Path(path).exists():
         raise InputError(f"{path} does not exist: train first")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever the damaged bytes lead to
         raise InputError(f"{path}: not a readable checkpoint ({type(error).__name__})") from None
-    if not isinstance(content, dict) or content.get("kind") != kind or content.get("format") != FORMAT:
+    found = (content.get("kind"), content.get("format")) if isinstance(content, dict) else None
+    if found != (kind, FORMAT):
         raise InputError(f"{path}: not a {kind} checkpoint of format {FORMAT}")
     return content
 
@@ -1717,7 +1855,8 @@ def fingerprint(tensor):
 
 def build_vqvae(cfg, size):
     """The VQ-VAE of a Config for pictures of size (H, W)."""
-    return VQVAE(cfg.vqvae_dim, cfg.vqvae_K, cfg.vqvae_D, cfg.attention, size, cfg.ema or None, cfg.restart)
+    return VQVAE(cfg.vqvae_dim, cfg.vqvae_K, cfg.vqvae_D, cfg.attention, size, cfg.ema, cfg.delay,
+                 cfg.restart)
 
 
 def build_igpt(cfg, vqvae, tokenizer):
@@ -1729,40 +1868,43 @@ def build_igpt(cfg, vqvae, tokenizer):
 
 def save_vqvae(path, vqvae, cfg):
     """checkpoints/vqvae_model.pth: configuration, picture size, weights."""
-    save_checkpoint(path, "vqvae", {"config": dataclasses.asdict(cfg), "size": vqvae.size, "model": vqvae.state_dict()})
+    save_checkpoint(path, "vqvae", {
+        "config": dataclasses.asdict(cfg), "size": vqvae.size, "model": vqvae.state_dict()})
 
 
 def save_igpt(path, igpt, tokenizer, vqvae, cfg):
-    """checkpoints/igpt_model.pth: also the vocabulary, and the fingerprint of the codebook its tokens refer to."""
+    """checkpoints/igpt_model.pth: also the vocabulary, and which codebook its tokens refer to."""
     save_checkpoint(path, "igpt", {
-        "config": dataclasses.asdict(cfg), "words": tokenizer.words, "caption_length": tokenizer.caption_length,
-        "codebook": fingerprint(vqvae.codebook.weight), "model": igpt.state_dict(),
-    })
+        "config": dataclasses.asdict(cfg), "words": tokenizer.words,
+        "caption_length": tokenizer.caption_length,
+        "codebook": fingerprint(vqvae.codebook.weight), "model": igpt.state_dict()})
 
 
 def load_vqvae(path, device="cpu"):
-    """-> VQVAE in eval mode. Raises InputError if the file is missing, damaged or of another kind or version."""
+    """-> VQVAE in eval mode. Raises InputError if it is missing, damaged or of another kind."""
     content = load_checkpoint(path, "vqvae")
     try:
         vqvae = build_vqvae(Config(**content["config"]), content["size"])
         vqvae.load_state_dict(content["model"])
     except (KeyError, TypeError, RuntimeError) as error:
-        raise InputError(f"{path}: does not fit this version of mmgen ({str(error).splitlines()[0]})") from None
+        why = str(error).splitlines()[0]
+        raise InputError(f"{path}: does not fit this version of mmgen ({why})") from None
     return vqvae.to(device).eval()
 
 
 def load_igpt(path, vqvae, device="cpu"):
-    """-> iGPT in eval mode and its Tokenizer. Raises InputError as load_vqvae, or if it was trained on other codes."""
+    """-> iGPT in eval mode and its Tokenizer. Raises InputError also if made for other codes."""
     content = load_checkpoint(path, "igpt")
     try:
         if content["codebook"] != fingerprint(vqvae.codebook.weight):
-            raise InputError(f"{path}: was trained on the codes of another VQ-VAE than the one beside it")
+            raise InputError(f"{path}: was trained on the codes of another VQ-VAE than this one")
         tokenizer = Tokenizer([" ".join(content["words"])], vqvae.n_embeddings)
         tokenizer.caption_length = content["caption_length"]
         igpt = build_igpt(Config(**content["config"]), vqvae, tokenizer)
         igpt.load_state_dict(content["model"])
     except (KeyError, TypeError, RuntimeError) as error:
-        raise InputError(f"{path}: does not fit this version of mmgen ({str(error).splitlines()[0]})") from None
+        why = str(error).splitlines()[0]
+        raise InputError(f"{path}: does not fit this version of mmgen ({why})") from None
     return igpt.to(device).eval(), tokenizer
 
 
@@ -1772,42 +1914,31 @@ def ppm_bytes(image):
 
 
 def png_bytes(image):
-    """uint8 (H,W,3) -> a PNG file: header, one compressed block of rows that each start with filter type 0, end."""
-
+    """uint8 (H,W,3) -> a PNG file: header, compressed rows (each behind filter type 0), end."""
     def chunk(name, data):
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        crc = zlib.crc32(name + data)
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", crc)
 
     rows = np.pad(image.reshape(len(image), -1), ((0, 0), (1, 0)))  # (H, 1+3W)
     head = struct.pack(">IIBBBBB", image.shape[1], image.shape[0], 8, 2, 0, 0, 0)  # 8 bits, RGB
-    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows.tobytes(), 9))
-            + chunk(b"IEND", b""))
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head)
+            + chunk(b"IDAT", zlib.compress(rows.tobytes(), 9)) + chunk(b"IEND", b""))
 
 
 def read_pictures(path):
     """--image: .npy uint8 (H,W,3) or (N,H,W,3), or a binary PPM (P6, 8 bits) -> uint8 (N,H,W,3)."""
-    path = Path(path)
-    if not path.exists():
+    if not Path(path).exists():
         raise InputError(f"{path} does not exist")
-    raw = path.read_bytes()
+    raw = Path(path).read_bytes()
     if raw[:2] == b"P6":
-        # P6, width, height, largest value, separated by blanks, each perhaps after a comment line; one blank; pixels
-        fields, at = [], 2
-        while len(fields) < 3 and at < len(raw):
-            end = at
-            while end < len(raw) and not raw[end : end + 1].isspace() and raw[end : end + 1] != b"#":
-                end += 1
-            if raw[at : at + 1] == b"#":
-                at = raw.find(b"\n", at) + 1 or len(raw)
-            elif end == at:
-                at += 1
-            else:
-                fields, at = fields + [raw[at:end]], end
-        if len(fields) < 3 or not all(f.isdigit() and len(f) < 6 for f in fields) or fields[2] != b"255":
+        # P6, width, height, largest value, a blank, pixels; in between blanks and comment lines
+        header = re.match(rb"P6" + rb"(?:\s|#[^\n]*\n)+(\d{1,5})" * 3 + rb"\s", raw)
+        if not header or header[3] != b"255":
             raise InputError(f"{path}: want a PPM header `P6 width height 255`, found {raw[:20]!r}")
-        width, height = int(fields[0]), int(fields[1])
-        if len(raw) - at - 1 != 3 * width * height:
-            raise InputError(f"{path}: {width}x{height} pixels promised, {len(raw) - at - 1} bytes found")
-        images = np.frombuffer(raw, np.uint8, offset=at + 1).reshape(1, height, width, 3)
+        width, height, at = int(header[1]), int(header[2]), header.end()
+        if len(raw) - at != 3 * width * height:
+            raise InputError(f"{path}: want {width}x{height} pixels, found {len(raw) - at} bytes")
+        images = np.frombuffer(raw, np.uint8, offset=at).reshape(1, height, width, 3)
     elif raw[:6] == b"\x93NUMPY":
         try:
             images = np.load(io.BytesIO(raw), allow_pickle=False)
@@ -1817,54 +1948,53 @@ def read_pictures(path):
     else:
         raise InputError(f"{path}: neither a .npy file nor a binary PPM (P6)")
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not len(images):
-        raise InputError(f"{path}: want uint8 (H,W,3) or (N,H,W,3), found {images.dtype} {images.shape}")
+        raise InputError(f"{path}: want uint8 (H,W,3) or (N,H,W,3), "
+                         f"found {images.dtype} {images.shape}")
     return images
 
 
 def picture_grid(images, scale=2, columns=None):
-    """uint8 (N,H,W,3) -> one picture, about square, each enlarged `scale` times, on a grey ground."""
+    """uint8 (N,H,W,3) -> one about square picture, each enlarged `scale` times, on grey."""
     N, H, W, _ = images.shape
     columns = columns or math.ceil(math.sqrt(N))
     rows = -(-N // columns)
     canvas = np.full((rows * columns, H * scale + 2, W * scale + 2, 3), 128, np.uint8)
     canvas[:N, 1:-1, 1:-1] = images.repeat(scale, 1).repeat(scale, 2)
     # (rows,columns,h,w,3) -> (rows,h,columns,w,3) -> (rows*h, columns*w, 3)
-    return canvas.reshape(rows, columns, *canvas.shape[1:]).swapaxes(1, 2).reshape(rows * canvas.shape[1], -1, 3)
+    tiles = canvas.reshape(rows, columns, *canvas.shape[1:]).swapaxes(1, 2)
+    return tiles.reshape(rows * canvas.shape[1], -1, 3)
 
 
 def save_samples(prefix, images, captions):
-    """Write PREFIX.ppm (a grid), PREFIX.npy (uint8 (N,H,W,3)) and PREFIX.txt (a caption a line); for a PREFIX that
-    ends in .png the grid is a PNG at just that path, beside the same .npy and .txt. Returns the path of the grid."""
+    """Write PREFIX.ppm (a grid), PREFIX.npy (uint8 (N,H,W,3)) and PREFIX.txt (a caption a line); if
+    PREFIX ends in .png, the grid is a PNG of just that name. Returns the path of the grid."""
     base = str(prefix).removesuffix(".png").removesuffix(".ppm")
-    grid = picture_grid(images)
-    path, data = (prefix, png_bytes(grid)) if str(prefix).endswith(".png") else (f"{base}.ppm", ppm_bytes(grid))
-    buffer = io.BytesIO()
+    suffix, encode = (".png", png_bytes) if str(prefix).endswith(".png") else (".ppm", ppm_bytes)
+    buffer, path = io.BytesIO(), base + suffix
     np.save(buffer, images)
-    atomic_write(path, data)
+    atomic_write(path, encode(picture_grid(images)))
     atomic_write(f"{base}.npy", buffer.getvalue())
     atomic_write(f"{base}.txt", "".join(c + "\n" for c in captions).encode())
     return path
 
 
 def show_in_terminal(images, captions, columns=None):
-    """Draw pictures uint8 (N,H,W,3) in colour, two pixels a character (upper half block), captions under them."""
+    """Draw pictures uint8 (N,H,W,3), two pixels a character (upper half block), captions below."""
     N, H, W, _ = images.shape
-    a_row = columns or max(1, (os.get_terminal_size().columns if sys.stdout.isatty() else 100) // (W + 2))
+    wide = os.get_terminal_size().columns if sys.stdout.isatty() else 100
+    a_row = columns or max(1, wide // (W + 2))
     for start in range(0, N, a_row):
-        part = images[start : start + a_row]
         for y in range(0, H, 2):
-            line = []
-            for image in part:
-                cells = ("\x1b[38;2;%d;%d;%dm\x1b[48;2;%d;%d;%dm▀" % (*top, *low)
-                         for top, low in zip(image[y], image[min(y + 1, H - 1)]))
-                line.append("".join(cells) + "\x1b[0m")
-            print("  ".join(line))
+            print("  ".join("".join(
+                "\x1b[38;2;%d;%d;%dm\x1b[48;2;%d;%d;%dm▀" % (*top, *low)
+                for top, low in zip(image[y], image[min(y + 1, H - 1)])) + "\x1b[0m"
+                for image in images[start : start + a_row]))
         print("  ".join(f"{c[:W]:<{W}}" for c in captions[start : start + a_row]) + "\n")
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Runs: the regimes as sequences of phases, with progress, saved state and curves
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Runs: regimes as sequences of phases, with progress, saved state and curves
+# --------------------------------------------------------------------------------------------------
 
 REGIMES = {
     "two-stage": ("vqvae", "igpt"),
@@ -1885,15 +2015,15 @@ def log(text):
 class Run:
     """A run directory during training: what is done, what is shown, what is saved.
 
-    checkpoints/state.pth holds everything the rest of the run depends on; with --resume the run goes on from there.
+    checkpoints/state.pth holds all that the rest of the run depends on; --resume goes on from it.
     """
 
     def __init__(self, folder, regime, cfg, data):
         self.folder, self.regime, self.cfg = Path(folder), regime, cfg
-        self.data_hash = zlib.crc32(data.train_images) ^ zlib.crc32("\n".join(data.train_captions).encode())
+        texts = "\n".join(data.train_captions).encode()
+        self.data_hash = zlib.crc32(texts, zlib.crc32(data.train_images))
         self.done, self.rows, self.trainer_state = [], [], None
-        self.signal, self.saved, self.shown, self.total = None, time.monotonic(), 0.0, 0
-        self.live = sys.stderr.isatty()
+        self.signal, self.live = None, sys.stderr.isatty()
 
     @property
     def state_path(self):
@@ -1901,29 +2031,26 @@ class Run:
         return self.folder / "checkpoints" / "state.pth"
 
     def begin(self, resume, overwrite):
-        """Decide between a new run and the rest of an old one. Returns False if the old one is complete.
+        """Decide between a new run and the rest of an old one -> is there anything to do?
 
-        Raises InputError if there is a run and neither flag was given, or if it was another run's state.
+        Raises InputError if there is a run and neither flag was given, or its settings are others.
         """
-        if not self.state_path.exists():
+        if overwrite or not self.state_path.exists():
             if resume:
                 log(f"nothing to resume in {self.folder}: starting anew")
             return True
-        if overwrite:
-            return True
         state = load_checkpoint(self.state_path, "state")
-        phases = REGIMES[self.regime]
         if not resume:
-            if state["regime"] != self.regime and state["complete"] and not set(phases) & set(state["phases"]):
+            if state["complete"] and not set(REGIMES[self.regime]) & set(state["done"]):
                 return True  # the next phase of a run that is made one phase at a time
-            raise InputError(f"{self.folder} holds a run ({state['regime']}): --resume it, --overwrite it, "
-                             "or choose another --run")
+            raise InputError(f"{self.folder} holds a run ({state['regime']}): --resume it, "
+                             "--overwrite it, or choose another --run")
         mine = {"regime": self.regime, "data": self.data_hash, **dataclasses.asdict(self.cfg)}
         theirs = {"regime": state["regime"], "data": state["data"], **state["config"]}
-        unlike = [f"{k} {theirs.get(k)} there, {mine.get(k)} here" for k in mine.keys() | theirs.keys()
-                  if mine.get(k) != theirs.get(k)]
+        unlike = [f"{k} is {mine.get(k)}, the run's is {theirs.get(k)}"
+                  for k in sorted(mine.keys() | theirs.keys()) if mine.get(k) != theirs.get(k)]
         if unlike:
-            raise InputError(f"cannot resume {self.folder}: {'; '.join(sorted(unlike))}")
+            raise InputError(f"cannot resume {self.folder}: {'; '.join(unlike)}")
         self.done, self.rows, self.trainer_state = state["done"], state["rows"], state["trainer"]
         if state["complete"]:
             log(f"the run in {self.folder} is finished")
@@ -1933,7 +2060,7 @@ class Run:
         """Write the state: of the trainer at its step, or between phases."""
         save_checkpoint(self.state_path, "state", {
             "regime": self.regime, "config": dataclasses.asdict(self.cfg), "data": self.data_hash,
-            "phases": list(REGIMES[self.regime]), "done": self.done, "rows": self.rows, "complete": complete,
+            "done": self.done, "rows": self.rows, "complete": complete,
             "trainer": trainer.state_dict() if trainer else None,
         })
         self.saved = time.monotonic()
@@ -1946,53 +2073,55 @@ class Run:
             log(f"resumed {trainer.phase} at step {trainer.step}")
         self.trainer_state = None
         self.save(trainer)
-        self.started, self.first_step = time.monotonic(), trainer.step
+        self.started, self.first_step, self.shown = time.monotonic(), trainer.step, 0.0
+        self.header = False
+
+    def pace(self, trainer):
+        """-> 'steps/s, time left' as text."""
+        rate = (trainer.step - self.first_step) / max(time.monotonic() - self.started, 1e-9)
+        left = (self.total - trainer.step) / max(rate, 1e-9)
+        return f"{rate:8.2f}/s {left // 60:4.0f}:{left % 60:02.0f}"
 
     def on_step(self, trainer):
-        """Progress, state, signals."""
-        now = time.monotonic()
+        """Signals, state, progress."""
         if self.signal:
             self.save(trainer)
-            log(f"\nstopped in phase {trainer.phase} at step {trainer.step}: --resume goes on from here")
+            log(f"\nstopped in phase {trainer.phase} at step {trainer.step}: --resume goes on")
             raise SystemExit(128 + self.signal)
+        now = time.monotonic()
         if now - self.saved > SAVE_SECONDS:
             self.save(trainer)
         if self.live and now - self.shown > 0.2:
             self.shown = now
-            rate = (trainer.step - self.first_step) / max(now - self.started, 1e-9)
-            left = (self.total - trainer.step) / max(rate, 1e-9)
-            sys.stderr.write(f"\r{trainer.phase} step {trainer.step}/{self.total}  loss {trainer.last_loss:.4f}  "
-                             f"{rate:.1f} steps/s  {left / 60:.0f}:{left % 60:02.0f} left \x1b[K")
+            sys.stderr.write(f"\r{trainer.phase:8} {f'{trainer.step}/{self.total}':>15} "
+                             f"{self.pace(trainer)}  loss {trainer.last_loss:.4f}\x1b[K")
             sys.stderr.flush()
 
     def on_epoch(self, trainer, row):
-        """One aligned line of figures, and the curves."""
-        now = time.monotonic()
-        row = {"seconds": round(now - self.started, 1), **row}
-        if self.live:
-            sys.stderr.write("\r\x1b[K")
-        rate = (trainer.step - self.first_step) / max(now - self.started, 1e-9)
-        left = (self.total - trainer.step) / max(rate, 1e-9)
-        figures = "  ".join(f"{k.removeprefix('test_')} {v:.4f}" for k, v in row.items()
-                            if k.startswith("test_") or k == "train_lambda")
-        log(f"{trainer.phase:8} {trainer.step:6}/{self.total}  {rate:6.2f} steps/s  {left / 60:2.0f}:{left % 60:02.0f} "
-            f"left  train {row['train_loss']:.4f}  test: {figures}")
-        self.rows.append(row)
-        self.write_curves()
-
-    def write_curves(self):
-        """results/training_curves.csv and .ppm, from all rows so far."""
+        """One row of the table of figures, and the curves."""
+        figures = {k.removeprefix("test_").removeprefix("codebook_"): v for k, v in row.items()
+                   if k.startswith(("train_l", "test_"))}
+        clear = "\r\x1b[K" if self.live else ""
+        if not self.header:
+            self.header = True
+            log(f"{clear}{'phase':8} {'step':>15} {'pace':>10} {'left':>7}"
+                + "".join(f"{k:>12}" for k in figures))
+        log(f"{clear}{trainer.phase:8} {f'{trainer.step}/{self.total}':>15} {self.pace(trainer)}"
+            + "".join(f"{v:12.4f}" for v in figures.values()))
+        self.rows.append({**row, "seconds": round(time.monotonic() - self.started, 1)})
         columns = list(dict.fromkeys(k for row in self.rows for k in row))
         text = io.StringIO()
         writer = csv.DictWriter(text, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.rows)
         atomic_write(self.folder / "results" / "training_curves.csv", text.getvalue().encode())
-        atomic_write(self.folder / "results" / "training_curves.ppm", ppm_bytes(draw_curves(self.rows)))
+        curves = ppm_bytes(draw_curves(self.rows))
+        atomic_write(self.folder / "results" / "training_curves.ppm", curves)
 
     @contextlib.contextmanager
     def interruptible(self):
-        """Within: Ctrl-C and SIGTERM let the step end, save, and exit with 130 or 143. A second one exits at once."""
+        """Within: Ctrl-C and SIGTERM let the step end, save, and exit with 130 or 143; a second one
+        exits at once."""
 
         def handler(number, frame):
             if self.signal:
@@ -2007,163 +2136,166 @@ class Run:
                 signal.signal(number, previous)
 
 
-GLYPHS = dict(zip("0123456789.-e", (
-    "757 262 717 717 551 747 747 711 757 757 000 000 076".split())))  # not used by itself: see _stamp
-
-
-def draw_curves(rows, height=240, width=480):
-    """Training (grey) and test (colour) loss of each phase side by side, each scaled to itself -> uint8 (H,W,3)."""
+def draw_curves(rows, height=240, width=720):
+    """Training (grey) and test loss (red) of each phase side by side, each on its own scale, marked
+    at quarters -> uint8 (height,width,3)."""
     canvas = np.full((height, width, 3), 255, np.uint8)
     phases = list(dict.fromkeys(r["phase"] for r in rows))
-    panel = width // max(1, len(phases))
+    panel = width // len(phases)
     for i, phase in enumerate(phases):
-        mine = [r for r in rows if r["phase"] == phase]
-        x0, x1, y0, y1 = i * panel + 8, (i + 1) * panel - 8, 8, height - 8
-        canvas[y1, x0:x1] = canvas[y0:y1, x0] = 0
-        both = np.array([[r.get("train_loss", np.nan), r["test_loss"]] for r in mine])  # (epochs,2)
-        low, high = np.nanmin(both), np.nanmax(both)
-        for j, color in enumerate(((150, 150, 150), (200, 40, 40))):
-            xs = np.linspace(x0 + 2, x1 - 1, max(2, len(mine)))
-            ys = y1 - 2 - (both[:, j] - low) / max(high - low, 1e-9) * (y1 - y0 - 4)
-            ys = np.resize(ys, len(xs))
-            at = np.linspace(xs[0], xs[-1], 4 * panel)  # many points: the line has no gaps
-            line = np.nan_to_num(np.interp(at, xs, ys), nan=y1 - 2).astype(int)
-            canvas[line, at.astype(int)] = color
-            canvas[line - 1, at.astype(int)] = color
+        losses = np.array([[r["train_loss"], r["test_loss"]] for r in rows if r["phase"] == phase])
+        losses = np.repeat(losses, 2, 0)[: max(2, len(losses))] if len(losses) < 2 else losses
+        left, right, top, bottom = i * panel + 12, (i + 1) * panel - 12, 12, height - 12
+        canvas[np.linspace(top, bottom, 5).astype(int), left:right] = 225
+        canvas[top:bottom, left] = canvas[bottom, left:right] = 0
+        low, high = losses.min(), losses.max()
+        xs = np.arange(left + 1, right)
+        for curve, color in zip(losses.T, ((150, 150, 150), (200, 40, 40))):
+            ys = np.interp(np.linspace(0, len(curve) - 1, len(xs)), np.arange(len(curve)), curve)
+            ys = (bottom - 2 - (ys - low) / max(high - low, 1e-9) * (bottom - top - 4)).astype(int)
+            for x, y, last in zip(xs, ys, np.concatenate([ys[:1], ys])):
+                canvas[min(y, last) : max(y, last) + 2, x] = color  # a steep piece is a tall one
     return canvas
 
 
 def parameter_groups(cfg, vqvae=None, igpt=None, factor=1.0, codebook_factor=1.0):
-    """The optimizer's groups: VQ-VAE, codebook (slower in joint training), transformer."""
-    groups = []
-    if vqvae is not None:
-        rest = [p for name, p in vqvae.named_parameters() if name != "codebook.weight"]
-        groups.append({"params": rest, "lr": cfg.vqvae_lr * factor, "name": "vqvae"})
-        if vqvae.codebook.weight.requires_grad:
-            groups.append({"params": [vqvae.codebook.weight], "lr": cfg.vqvae_lr * factor * codebook_factor,
-                           "name": "codebook"})
-    if igpt is not None:
-        groups.append({"params": list(igpt.parameters()), "lr": cfg.igpt_lr * factor, "name": "igpt"})
-    return groups
+    """The optimizer's groups: VQ-VAE, codebook (slower in joint training), transformer; under muon
+    the matrices of each are a group of their own. -> list of dicts with params, lr, name."""
+    named = [("vqvae", n, p, cfg.vqvae_lr) for n, p in vqvae.named_parameters()] if vqvae else []
+    named += [("igpt", n, p, cfg.igpt_lr) for n, p in igpt.named_parameters()] if igpt else []
+    groups = {}
+    for model, name, p, lr in named:
+        matrix = cfg.optimizer == "muon" and is_matrix(name, p)
+        key = model + "_matrices" if matrix else "codebook" if name == "codebook.weight" else model
+        lr = cfg.muon_lr if matrix else lr * codebook_factor if key == "codebook" else lr
+        group = groups.setdefault(key, {"params": [], "lr": lr * factor, "name": key,
+                                        "orthogonal": matrix})
+        group["params"] += [p] if p.requires_grad else []
+    return [g for g in groups.values() if g["params"]]
 
 
 def phase_length(cfg, phase, n_rows, batch_size):
-    """-> steps a pass, passes, steps in all. A phase counted in steps is reported on ten times."""
+    """-> steps a pass, passes, steps in all. What is counted in steps is reported on ten times."""
     steps = getattr(cfg, f"{phase}_steps")
     if steps:
         a_pass = -(-steps // 10)
         return a_pass, -(-steps // a_pass), steps
-    a_pass = -(-n_rows // batch_size)
-    epochs = getattr(cfg, f"{phase}_epochs")
+    a_pass, epochs = -(-n_rows // batch_size), getattr(cfg, f"{phase}_epochs")
     return a_pass, epochs, a_pass * epochs
 
 
 def prepare_phase(phase, cfg, data, vqvae, igpt, tokenizer, device):
     """-> trainer, train loader, test loader, passes, steps in all, for one phase of a regime."""
-    joint = phase in ("single", "finetune")
     batch_size = cfg.igpt_batch_size if phase == "igpt" else cfg.vqvae_batch_size
+    orders, few = tuple(cfg.orders.split(",")), slice(0, 500)  # curves need few; `eval` takes all
+    # Frozen in phase 2. In joint training the codes learn by gradient, for the iGPT's reaches them
     vqvae.requires_grad_(phase != "igpt")
-    vqvae.codebook.weight.requires_grad_(phase != "igpt" and not cfg.ema)
-    orders = tuple(cfg.orders.split(","))
-    test = slice(0, 500)  # the curves need no more; `eval` takes all
+    vqvae.codebook.ema = cfg.ema if phase == "vqvae" else 0.0
+    vqvae.codebook.weight.requires_grad_(phase != "igpt" and not vqvae.codebook.ema)
     if phase == "vqvae":
-        train_set, test_set = Pictures(data.vqvae_train), Pictures(data.vqvae_test[test])
+        train_set, test_set = Pictures(data.vqvae_train), Pictures(data.vqvae_test[few])
         groups = parameter_groups(cfg, vqvae)
-    elif joint:
-        train_set = Pictures(data.train_images, tokenizer.encode_batch(data.train_captions))
-        test_set = Pictures(data.test_images[test], tokenizer.encode_batch(data.test_captions[test]))
-        groups = parameter_groups(cfg, vqvae, igpt, cfg.finetune_lr if phase == "finetune" else 1.0, cfg.codebook_lr)
     else:
+        texts = tokenizer.encode_batch(data.train_captions)
+        test_texts = tokenizer.encode_batch(data.test_captions[few])
+    if phase == "igpt":
         vqvae.eval()
         torch.manual_seed(cfg.seed)
-        tokens = [extract_tokens(vqvae, data.train_images)]
-        tokens += [extract_tokens(vqvae, data.train_images, augment=random_affine) for _ in range(cfg.copies)]
-        train_set = Sequences(torch.cat(tokens), tokenizer.encode_batch(data.train_captions), tokenizer, orders)
-        test_set = Sequences(extract_tokens(vqvae, data.test_images[test]),
-                             tokenizer.encode_batch(data.test_captions[test]), tokenizer, orders)
+        tokens = [extract_tokens(vqvae, data.train_images, augment=random_affine if copy else None)
+                  for copy in range(cfg.copies + 1)]
+        train_set = Sequences(torch.cat(tokens), texts, tokenizer, orders)
+        test_tokens = extract_tokens(vqvae, data.test_images[few])
+        test_set = Sequences(test_tokens, test_texts, tokenizer, orders)
         groups = parameter_groups(cfg, igpt=igpt)
+    elif phase != "vqvae":
+        train_set = Pictures(data.train_images, texts)
+        test_set = Pictures(data.test_images[few], test_texts)
+        factor = cfg.finetune_lr if phase == "finetune" else 1.0
+        groups = parameter_groups(cfg, vqvae, igpt, factor, cfg.codebook_lr)
     a_pass, passes, total = phase_length(cfg, phase, len(train_set), batch_size)
+    vqvae.codebook.delay = min(cfg.delay, total // 10)
     train_loader = make_loader(train_set, batch_size, seed=cfg.seed, steps=a_pass, total=total)
-    test_loader = make_loader(test_set, 125, shuffle=False)
     optimizer = make_optimizer(cfg, groups)
-    scheduler = None
+    options = dict(clip=cfg.clip, seed=cfg.seed, bf16=use_bf16(cfg.precision, device))
     if phase != "vqvae" or cfg.vqvae_decay:
-        scheduler = create_cosine_scheduler(optimizer, int(cfg.warmup * total), total)
-    options = dict(scheduler=scheduler, clip=cfg.clip, seed=cfg.seed)
+        warmup = int(cfg.warmup * total)
+        options["scheduler"] = create_cosine_scheduler(optimizer, warmup, total)
     if phase == "vqvae":
         trainer = VQVAETrainer(vqvae, optimizer, device, cfg.beta, **options)
     elif phase == "igpt":
-        trainer = iGPTTrainer(igpt, optimizer, device, tokenizer.vocab_size, igpt.context_length, cfg.caption_weight,
-                              **options)
+        trainer = iGPTTrainer(igpt, optimizer, device, tokenizer.vocab_size, igpt.context_length,
+                              cfg.caption_weight, **options)
     else:
-        warmup, ramp = (int(total * s) for s in (cfg.lambda_warmup, cfg.lambda_ramp)) if phase == "single" else (0, 1)
-        trainer = JointTrainer(phase, vqvae, igpt, tokenizer, optimizer, device, cfg.beta, cfg.lambda_xent, warmup, ramp,
-                               cfg.tau, orders, cfg.caption_weight, **options)
-    return trainer, train_loader, test_loader, passes, total
+        single = phase == "single"
+        trainer = JointTrainer(
+            phase, vqvae, igpt, tokenizer, optimizer, device, cfg.beta, cfg.lambda_xent,
+            int(total * cfg.lambda_warmup) * single, int(total * cfg.lambda_ramp) * single,
+            cfg.tau, orders, cfg.caption_weight, **options)
+    return trainer, train_loader, make_loader(test_set, 125, shuffle=False), passes, total
 
 
 def train_run(folder, regime, cfg, data, device, resume=False, overwrite=False):
-    """Train the phases of a regime into a run directory. Returns vqvae, igpt (or None), tokenizer (or None), or None
-    if the run was complete already."""
+    """Train the phases of a regime into a run directory -> vqvae, igpt, tokenizer (the latter two
+    None if only the VQ-VAE was trained), or None if the run was complete already."""
     run = Run(folder, regime, cfg, data)
     if not run.begin(resume, overwrite):
         return None
     torch.manual_seed(cfg.seed)
     phases, files = REGIMES[regime], Path(folder) / "checkpoints"
     vqvae_path, igpt_path = files / "vqvae_model.pth", files / "igpt_model.pth"
-    size, igpt = data.train_images.shape[1:3], None
+    size, igpt, tokenizer = tuple(data.train_images.shape[1:3]), None, None
     fresh = phases[0] in ("vqvae", "single") and "vqvae" not in run.done
     vqvae = build_vqvae(cfg, size).to(device) if fresh else load_vqvae(vqvae_path, device)
-    if tuple(vqvae.size) != tuple(size):
-        raise InputError(f"{vqvae_path}: was trained on {vqvae.size} pictures, these are {tuple(size)}")
+    if tuple(vqvae.size) != size:
+        raise InputError(f"{vqvae_path}: was trained on {vqvae.size} pictures, these are {size}")
     with run.interruptible():
         for phase in phases:
-            if phase in run.done or (phase == "finetune" and not (cfg.finetune_steps or cfg.finetune_epochs)):
+            if phase in run.done or not phase_length(cfg, phase, 1, 1)[2]:
                 continue
             if phase != "vqvae" and igpt is None:
-                if phase == "finetune" or "igpt" in run.done:
+                if phase == "finetune":
                     igpt, tokenizer = load_igpt(igpt_path, vqvae, device)
                     tokenizer.check(data.train_captions + data.test_captions)
                 else:
-                    tokenizer = Tokenizer(data.train_captions + data.test_captions, vqvae.n_embeddings)
+                    texts = data.train_captions + data.test_captions
+                    tokenizer = Tokenizer(texts, vqvae.n_embeddings)
                     torch.manual_seed(cfg.seed + 1)
                     igpt = build_igpt(cfg, vqvae, tokenizer).to(device)
-            log(f"{phase}: preparing")
             started = time.monotonic()
-            trainer, *loaders, passes, total = prepare_phase(phase, cfg, data, vqvae, igpt, tokenizer if igpt else None,
-                                                             device)
+            trainer, *loaders, passes, total = prepare_phase(
+                phase, cfg, data, vqvae, igpt, tokenizer, device)
             run.start_phase(trainer, total)
             trainer.train(*loaders, passes)
-            for module in trainer.modules.values():
-                module.eval()
             if phase != "igpt":
                 save_vqvae(vqvae_path, vqvae, cfg)
                 report_codebook(vqvae, data.vqvae_test, device)
             if phase != "vqvae":
                 save_igpt(igpt_path, igpt, tokenizer, vqvae, cfg)
             run.done.append(phase)
-            run.save(complete=phase == phases[-1])
+            run.save()
             log(f"{phase}: {total} steps in {time.monotonic() - started:.0f} s")
-    return vqvae, igpt, tokenizer if igpt else None
+    run.save(complete=True)
+    return vqvae.eval(), igpt.eval() if igpt else None, tokenizer
 
 
-@torch.no_grad()
 def report_codebook(vqvae, images, device):
     """The end of phase 1: is it good enough to go on? Over the whole test set."""
-    m = measure_reconstruction(vqvae, (x.to(device) for x in make_loader(Pictures(images), 250, shuffle=False)))
-    log(f"VQ-VAE over {len(images)} test pictures: recon MSE {m['recon_mse']:.4f} (PSNR {m['recon_psnr']:.1f} dB), "
-        f"{m['codebook_used']:.0%} of the codes used, perplexity {m['codebook_perplexity']:.1f}")
+    pictures = make_loader(Pictures(images), 250, shuffle=False)
+    m = measure_reconstruction(vqvae.eval(), (x.to(device) for x in pictures))
+    log(f"VQ-VAE over {len(images)} test pictures: recon MSE {m['recon_mse']:.4f} (PSNR "
+        f"{m['recon_psnr']:.1f} dB), {m['codebook_used']:.0%} of the codes used, perplexity "
+        f"{m['codebook_perplexity']:.1f}")
     if m["codebook_used"] < 0.05 or m["codebook_perplexity"] < 4:
-        log("warning: the codebook has collapsed: lower --vqvae-lr, raise --beta, or try --ema 0.99")
+        log("warning: the codebook collapsed: lower --vqvae-lr, raise --beta, or try --ema 0.99")
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Bench: ratios of two things timed in turn, in one run
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def timed_in_turn(functions, rounds=5):
-    """Median seconds of each function; they take turns, so that a slow moment of the machine hits all alike."""
+    """Median seconds of each function; they take turns, so a slow moment hits all alike."""
     seconds = [[] for _ in functions]
     for i in range(rounds + 1):
         for f, out in zip(functions, seconds):
@@ -2191,10 +2323,12 @@ def bench():
         z_q = quantizer.weight[nearest]
         (F.mse_loss(z_q, flat.detach()) + F.mse_loss(flat, z_q.detach())).backward()
 
-    rows.append(("quantizer, forward and backward", *timed_in_turn([ours, with_distance_tensor]), "(N,K,D) tensor"))
+    rows.append(("quantizer, forward and backward", *timed_in_turn([ours, with_distance_tensor]),
+                 "(N,K,D) tensor"))
     tokenizer = Tokenizer(["a b c d e f"], 128)
     model = iGPT(tokenizer.vocab_size, 58).eval()
-    prompts, how = [text_prompt(tokenizer, "a b c d e f")] * 16, SamplingConfig(guidance=0, top_p=1.0)
+    prompts = [text_prompt(tokenizer, "a b c d e f")] * 16
+    how = SamplingConfig(guidance=0, top_p=1.0)
 
     def cached():
         generate(model, prompts, 49, tokenizer.image_span, how)
@@ -2209,106 +2343,106 @@ def bench():
     return rows
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Command line
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with errors of one line; sub-parsers are of the same class."""
+    """argparse with errors of one line and status 2; sub-parsers are of the same class."""
 
     def error(self, message):
-        """Exit with status 2."""
         raise InputError(message)
 
 
 def checked(cast, low, high):
     """An argparse type: cast the text, refuse what is outside [low, high] (None: open)."""
-
     def convert(text):
         value = cast(text)
         if not ((low is None or value >= low) and (high is None or value <= high)):
             raise argparse.ArgumentTypeError(f"{text} is not in the range {low} to {high}")
         return value
-
     convert.__name__ = cast.__name__  # argparse names the type in its message
     return convert
 
 
 def add_config_flags(parser, config_class):
-    """One flag for each field of a config dataclass; flags not given leave no trace in the namespace."""
+    """A flag for each field of a config dataclass; flags not given leave no trace."""
     for f in dataclasses.fields(config_class):
-        name, meta = f"--{f.name.replace('_', '-')}", f.metadata
-        text = meta["help"] + " (default: %s)" % str(f.default).replace("%", "%%")
-        if f.type in (bool, "bool"):
-            parser.add_argument(name, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
+        kind, meta = type(f.default), f.metadata
+        options = dict(default=argparse.SUPPRESS,
+                       help=meta["help"] + f" (default: {f.default})".replace("%", "%%"))
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
         elif meta["choices"]:
-            parser.add_argument(name, choices=meta["choices"], default=argparse.SUPPRESS, help=text)
+            options["choices"] = meta["choices"]
         else:
-            parser.add_argument(name, type=checked(type(f.default), meta["low"], meta["high"]),
-                                default=argparse.SUPPRESS, metavar=type(f.default).__name__.upper(), help=text)
+            options |= dict(type=checked(kind, meta["low"], meta["high"]),
+                            metavar=kind.__name__.upper())
+        parser.add_argument(f"--{f.name.replace('_', '-')}", **options)
 
 
 def given(args, config_class):
     """The fields of a config dataclass that were given as flags."""
-    return {f.name: getattr(args, f.name) for f in dataclasses.fields(config_class) if hasattr(args, f.name)}
+    names = [f.name for f in dataclasses.fields(config_class)]
+    return {name: getattr(args, name) for name in names if hasattr(args, name)}
 
 
 def build_parser():
     """All subcommands and flags."""
-    parser = Parser(prog="mmgen.py", description="A small multimodal generative model: VQ-VAE and iGPT.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{data,train,sample,eval,bench}")
-    count = checked(int, 1, 10**7)
+    parser = Parser(prog="mmgen.py", description="A small multimodal model: VQ-VAE and iGPT.")
+    commands = parser.add_subparsers(dest="command", required=True,
+                                     metavar="{data,train,sample,eval,bench}")
+    count, folder = checked(int, 1, 10**7), dict(type=Path, metavar="DIR")
+    seed = dict(type=checked(int, 0, 2**31), default=0, help="(default: 0)")
 
-    def command(name, text, run=False):
+    def command(name, text, run=True):
         p = commands.add_parser(name, help=text, description=text)
-        p.add_argument("--data", type=Path, default=Path("data"), metavar="DIR", help="data directory (default: data)")
+        p.add_argument("--data", default=Path("data"), help="data (default: data)", **folder)
         if run:
-            p.add_argument("--run", type=Path, default=Path("."), metavar="DIR", help="run directory (default: .)")
-            p.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
+            p.add_argument("--run", default=Path("."), help="run (default: .)", **folder)
+            p.add_argument("--device", default="auto", help="cpu, cuda ... (default: cuda if any)")
         return p
 
-    p = command("data", "draw the embedded data set: drawn.npz")
-    p.add_argument("--train", type=count, default=20_000, metavar="N", help="training pairs (default: 20000)")
-    p.add_argument("--test", type=count, default=2_000, metavar="N", help="test pairs (default: 2000)")
+    p = command("data", "draw the embedded data set: drawn.npz", run=False)
+    for name, n, text in (("--train", 20_000, "training pairs"), ("--test", 2_000, "test pairs")):
+        p.add_argument(name, type=count, default=n, metavar="N", help=f"{text} (default: {n})")
     p.add_argument("--size", type=checked(int, 16, 256), default=28, metavar="PIXELS",
                    help="height and width, divisible by 4 (default: 28)")
-    p.add_argument("--seed", type=checked(int, 0, 2**31), default=0, help="(default: 0)")
-
-    p = command("train", "train a regime or a single phase", run=True)
-    p.add_argument("--phase", choices=REGIMES, required=True, help="regime, or one phase from the checkpoints in --run")
+    p.add_argument("--seed", **seed)
+    p = command("train", "train a regime or a single phase")
+    p.add_argument("--phase", choices=REGIMES, required=True,
+                   help="regime, or one phase from the checkpoints in --run")
     p.add_argument("--preset", choices=("auto", *PRESETS), default="auto",
-                   help="full: the notes' configuration; laptop: minutes on two cores; tiny: seconds; auto: full with a "
-                        "GPU, laptop without (default: auto)")
+                   help="full: as the notes; laptop: minutes on two cores; tiny: seconds; auto "
+                        "(default): full with a GPU, laptop without")
     p.add_argument("--resume", action="store_true", help="go on where the run in --run stopped")
     p.add_argument("--overwrite", action="store_true", help="start anew over the run in --run")
     add_config_flags(p, Config)
-
-    p = command("sample", "sample pictures, captions or pairs", run=True)
-    p.add_argument("--mode", choices=("text", "image", "unconditional"), required=True,
-                   help="text: captions to pictures; image: pictures to captions; unconditional: pairs")
-    p.add_argument("-n", type=checked(int, 1, 10**6), help="samples per prompt or picture (default 1), or pairs (9)")
+    p = command("sample", "sample pictures, captions or pairs")
+    p.add_argument("--mode", choices=tuple(SAMPLE_NAMES), required=True,
+                   help="text: captions to pictures; image: the reverse; unconditional: pairs")
+    p.add_argument("-n", type=checked(int, 1, 10**6),
+                   help="samples per prompt or picture (default 1), or pairs (9)")
     p.add_argument("--prompt", action="append", metavar="TEXT", help="a caption; may be repeated")
     p.add_argument("--prompts", type=Path, metavar="FILE", help="a caption a line")
-    p.add_argument("--image", type=Path, metavar="FILE", help=".npy uint8 (H,W,3) or (N,H,W,3), or a binary PPM")
-    p.add_argument("--out", metavar="PREFIX", help="PREFIX.ppm, .npy and .txt; a PREFIX ending in .png writes PNG "
+    p.add_argument("--image", type=Path, metavar="FILE",
+                   help=".npy uint8 (H,W,3) or (N,H,W,3), or a binary PPM")
+    p.add_argument("--out", metavar="PREFIX", help="for .ppm, .npy, .txt; PREFIX.png writes a PNG "
                                                    "(default: results/..._samples in --run)")
     p.add_argument("--show", action="store_true", help="draw the pictures in the terminal")
-    p.add_argument("--seed", type=checked(int, 0, 2**31), default=0, help="(default: 0)")
+    p.add_argument("--seed", **seed)
     add_config_flags(p, SamplingConfig)
-
-    p = command("eval", "measure both models over the test split", run=True)
-    p.add_argument("--json", action="store_true", help="one JSON object instead of a table")
-    p.add_argument("--seed", type=checked(int, 0, 2**31), default=0, help="(default: 0)")
+    p = command("eval", "measure both models over the test split")
+    p.add_argument("--seed", **seed)
     add_config_flags(p, SamplingConfig)
-
-    p = commands.add_parser("bench", help="time mmgen against plain implementations")
-    p.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    for p in (p, commands.add_parser("bench", help="time mmgen against plain implementations")):
+        p.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     return parser
 
 
 def pick_device(name):
-    """'auto' or a torch device name -> torch.device. Raises InputError for one that is not there."""
+    """'auto' or a torch device name -> torch.device. Raises InputError if it is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -2322,10 +2456,10 @@ def write_drawn(folder, n_train=20_000, n_test=2_000, size=28, seed=0):
     """Draw the embedded set into folder/drawn.npz."""
     if size % 4:
         raise InputError(f"--size {size}: must be divisible by 4")
-    started, buffer = time.monotonic(), io.BytesIO()
+    started, buffer, path = time.monotonic(), io.BytesIO(), folder / "drawn.npz"
     np.savez_compressed(buffer, **make_drawn(n_train, n_test, size, seed))
-    atomic_write(folder / "drawn.npz", buffer.getvalue())
-    log(f"drew {n_train + n_test} pictures into {folder / 'drawn.npz'} in {time.monotonic() - started:.0f} s")
+    atomic_write(path, buffer.getvalue())
+    log(f"drew {n_train + n_test} pictures into {path} in {time.monotonic() - started:.0f} s")
 
 
 def command_data(args):
@@ -2335,8 +2469,7 @@ def command_data(args):
 
 def command_train(args):
     """mmgen.py train"""
-    device = pick_device(args.device)
-    preset = args.preset
+    device, preset = pick_device(args.device), args.preset
     if preset == "auto":
         preset = "full" if device.type != "cpu" else "laptop"
         log(f"preset {preset} (device {device.type})")
@@ -2344,25 +2477,22 @@ def command_train(args):
     # A length given in epochs replaces the preset's length in steps
     lengths = {k.replace("_epochs", "_steps"): 0 for k in flags if k.endswith("_epochs")}
     cfg = Config(**{**PRESETS[preset], **lengths, **flags})
-    for order in cfg.orders.split(","):
-        if order not in ORDERS:
-            raise InputError(f"--orders {cfg.orders}: choose from {', '.join(ORDERS)}")
+    if not set(cfg.orders.split(",")) <= set(ORDERS):
+        raise InputError(f"--orders {cfg.orders}: choose from {', '.join(ORDERS)}")
     sources = ("colored_mnist_with_text.pkl", "mnist", "drawn.npz")
     if not any((args.data / name).exists() for name in sources):
         log(f"no data in {args.data}: drawing the embedded set")
         write_drawn(args.data)
-    data = load_data(args.data, cfg.value_range, log)
-    started = time.monotonic()
+    data, started = load_data(args.data, cfg.value_range, log), time.monotonic()
     models = train_run(args.run, args.phase, cfg, data, device, args.resume, args.overwrite)
     if models is None:
         return
     log(f"trained {args.phase} in {time.monotonic() - started:.0f} s")
-    vqvae, igpt, tokenizer = models
-    if igpt is not None:
-        for mode in ("text", "image", "unconditional"):
-            images, captions = make_samples(mode, vqvae, igpt, tokenizer, SamplingConfig(), None, None, None,
-                                            lambda: data, cfg.seed)
-            log(f"wrote {save_samples(args.run / 'results' / SAMPLE_NAMES[mode], images, captions)}")
+    if models[1] is not None:  # there is an iGPT
+        for mode, name in SAMPLE_NAMES.items():
+            samples = make_samples(mode, *models, SamplingConfig(), None, None, None, lambda: data,
+                                   cfg.seed)
+            log(f"wrote {save_samples(args.run / 'results' / name, *samples)}")
 
 
 SAMPLE_NAMES = dict(text="text_conditioned_samples", image="image_conditioned_samples",
@@ -2372,8 +2502,8 @@ SAMPLE_NAMES = dict(text="text_conditioned_samples", image="image_conditioned_sa
 def make_samples(mode, vqvae, igpt, tokenizer, how, captions, images, n, test_split, seed):
     """What `sample` writes: pictures uint8 (M,H,W,3) and M captions.
 
-    captions: prompts of mode 'text'; images uint8 (M,H,W,3): those of mode 'image'; None: the first 9 of the test
-    split, which test_split() loads. n: samples per prompt or picture (None: 1), or pairs (None: 9).
+    captions: prompts of mode 'text'; images uint8 (M,H,W,3): those of mode 'image'; None: the first
+    9 of test_split(). n: samples per prompt or picture (None: 1), or pairs (None: 9).
     """
     device = next(igpt.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
@@ -2384,34 +2514,41 @@ def make_samples(mode, vqvae, igpt, tokenizer, how, captions, images, n, test_sp
     elif mode == "image":
         images = np.repeat(images if images is not None else test_split().test_images[:9], n, 0)
         if images.shape[1:3] != tuple(vqvae.size):
-            raise InputError(f"the model knows {vqvae.size} pictures, these are {images.shape[1:3]}")
-        captions = sample_captions(igpt, tokenizer, extract_tokens(vqvae, images), how, generator)
-        return images, captions
+            raise InputError(f"the model knows {vqvae.size} pictures, not {images.shape[1:3]}")
+        tokens = extract_tokens(vqvae, images)
+        return images, sample_captions(igpt, tokenizer, tokens, how, generator)
     else:
         tokens, captions = sample_pairs(igpt, tokenizer, n_tokens, n, how, generator)
     with torch.no_grad():
-        return np.concatenate([denormalize(vqvae.decode_tokens(t.to(device))) for t in tokens.split(250)]), captions
+        parts = [denormalize(vqvae.decode_tokens(t.to(device))) for t in tokens.split(250)]
+    return np.concatenate(parts), captions
+
+
+def load_models(args):
+    """-> VQ-VAE, iGPT and Tokenizer of the run in --run, on --device."""
+    device, folder = pick_device(args.device), args.run / "checkpoints"
+    vqvae = load_vqvae(folder / "vqvae_model.pth", device)
+    return vqvae, *load_igpt(folder / "igpt_model.pth", vqvae, device)
 
 
 def command_sample(args):
     """mmgen.py sample"""
-    device = pick_device(args.device)
-    vqvae = load_vqvae(args.run / "checkpoints" / "vqvae_model.pth", device)
-    igpt, tokenizer = load_igpt(args.run / "checkpoints" / "igpt_model.pth", vqvae, device)
+    models, how = load_models(args), SamplingConfig(**given(args, SamplingConfig))
     captions = list(args.prompt or [])
     if args.prompts:
         try:
-            captions += [line for line in args.prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
+            captions += filter(str.strip, args.prompts.read_text(encoding="utf-8").splitlines())
         except UnicodeDecodeError:
             raise InputError(f"{args.prompts}: not a text file") from None
-    if args.prompts and not captions:
-        raise InputError(f"{args.prompts} holds no caption")
+        if not captions:
+            raise InputError(f"{args.prompts} holds no caption")
     if (captions and args.mode != "text") or (args.image and args.mode != "image"):
         raise InputError("--prompt and --prompts belong to --mode text, --image to --mode image")
     images = read_pictures(args.image) if args.image else None
-    images, captions = make_samples(args.mode, vqvae, igpt, tokenizer, SamplingConfig(**given(args, SamplingConfig)),
-                                    captions, images, args.n, lambda: load_data(args.data, log=None), args.seed)
-    path = save_samples(args.out or args.run / "results" / SAMPLE_NAMES[args.mode], images, captions)
+    images, captions = make_samples(args.mode, *models, how, captions, images, args.n,
+                                    lambda: load_data(args.data, log=None), args.seed)
+    default = args.run / "results" / SAMPLE_NAMES[args.mode]
+    path = save_samples(args.out or default, images, captions)
     if args.show:
         show_in_terminal(images, captions)
     elif args.mode == "image":
@@ -2421,12 +2558,9 @@ def command_sample(args):
 
 def command_eval(args):
     """mmgen.py eval"""
-    device = pick_device(args.device)
-    vqvae = load_vqvae(args.run / "checkpoints" / "vqvae_model.pth", device)
-    igpt, tokenizer = load_igpt(args.run / "checkpoints" / "igpt_model.pth", vqvae, device)
+    models, how = load_models(args), SamplingConfig(**given(args, SamplingConfig))
     data = load_data(args.data, log=None)
-    figures = evaluate(vqvae, igpt, tokenizer, data.test_images, data.test_captions,
-                       SamplingConfig(**given(args, SamplingConfig)), args.seed)
+    figures = evaluate(*models, data.test_images, data.test_captions, how, args.seed)
     if args.json:
         print(json.dumps(figures))
     else:
@@ -2437,7 +2571,8 @@ def command_bench(args):
     """mmgen.py bench"""
     rows = bench()
     if args.json:
-        print(json.dumps([dict(zip(("what", "seconds", "other_seconds", "other"), r), ratio=r[2] / r[1]) for r in rows]))
+        keys = ("what", "seconds", "other_seconds", "other")
+        print(json.dumps([dict(zip(keys, r), ratio=r[2] / r[1]) for r in rows]))
         return
     print(f"{'what':36}{'mmgen':>10}{'other':>10}{'ratio':>8}  other")
     for what, ours, other, name in rows:
@@ -2448,8 +2583,8 @@ def main(argv=None):
     """The command line; returns the exit status."""
     try:
         args = build_parser().parse_args(argv)
-        {"data": command_data, "train": command_train, "sample": command_sample, "eval": command_eval,
-         "bench": command_bench}[args.command](args)
+        dict(data=command_data, train=command_train, sample=command_sample, eval=command_eval,
+             bench=command_bench)[args.command](args)
     except (InputError, OSError) as error:
         print(f"mmgen: error: {error}", file=sys.stderr)
         return 2
