@@ -294,6 +294,15 @@ def test_quantizer_finds_the_nearest_code():
     assert torch.equal(z_q, quantizer.weight[tokens].movedim(-1, 1))
 
 
+def test_colour_extremes_are_part_of_the_loss():
+    x = torch.full((1, 3, 28, 28), -1.0)
+    x[:, :, 10, 10] = 1.0  # a single bright pixel
+    flat, z = torch.full_like(x, -1.0), torch.zeros(1, 4, 7, 7)
+    moved = x.roll(1, dims=2)
+    assert compute_loss(x, moved, z, z) > compute_loss(x, flat, z, z)  # to squared error a miss is worse
+    assert compute_loss(x, moved, z, z, extremes=1.0) < compute_loss(x, flat, z, z, extremes=1.0)
+
+
 def test_codebook_and_encoder_receive_gradient():
     vqvae, _, _ = small_models()
     x = torch.rand(4, 3, 28, 28) * 2 - 1
@@ -337,12 +346,15 @@ def test_cached_logits_are_the_uncached_ones(prompt):
     igpt.eval()
     tokens = make_sequences(torch.randint(24, (3, 49)), tokenizer.encode_batch(TEXTS), tokenizer, "text_image")
     with torch.no_grad():
-        whole, places = igpt(tokens), igpt.locate(tokens)
+        whole, located = igpt(tokens), igpt.locate(tokens)
         cache = KVCache(2, 3, 2, 58, 16)
-        pieces = [igpt(tokens[:, :prompt], places[:, :prompt], cache)]  # prefill
-        for t in range(prompt, 50):  # one token a step
-            pieces.append(igpt(tokens[:, t : t + 1], places[:, t : t + 1], cache, t))
-        pieces.append(igpt(tokens[:, 50:], places[:, 50:], cache, 50))  # and a later chunk
+
+        def piece(a, b):
+            return igpt(tokens[:, a:b], tuple(part[:, a:b] for part in located), cache, a)
+
+        pieces = [piece(0, prompt)]  # prefill
+        pieces += [piece(t, t + 1) for t in range(prompt, 50)]  # one token a step
+        pieces.append(piece(50, 58))  # and a later chunk
     assert torch.allclose(torch.cat(pieces, 1), whole, atol=1e-5)
 
 
@@ -371,12 +383,13 @@ def test_guidance_changes_logits_as_defined():
     _, tokenizer, igpt = small_models()
     igpt.eval()
     prompt, empty = mmgen.text_prompt(tokenizer, TEXTS[0]), torch.tensor([tokenizer.bos_token, tokenizer.end_of_text_token])
-    out = mmgen.generate(igpt, [prompt], 8, tokenizer.image_span, SamplingConfig(greedy=True, guidance=3.0), None, empty)
+    out = mmgen.generate(igpt, [prompt], 8, tokenizer.image_span, SamplingConfig(greedy=True, guidance=3.0, min_p=0.2), None, empty)
     cond, uncond = prompt[None], empty[None]
     with torch.no_grad():
         for _ in range(8):
             a, b = igpt(cond)[:, -1:, :24], igpt(uncond)[:, -1:, :24]
-            token = (a + 3 * (a - b)).argmax(-1)
+            plausible = a.softmax(-1) >= 0.2 * a.softmax(-1).amax(-1, keepdim=True)
+            token = (a + 3 * (a - b)).where(plausible, torch.tensor(-torch.inf)).argmax(-1)
             cond, uncond = torch.cat([cond, token], 1), torch.cat([uncond, token], 1)
     assert torch.equal(out[0], cond[0, -8:])
 
