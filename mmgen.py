@@ -1092,12 +1092,12 @@ class iGPT(nn.Module):
         # A token's place is its distance from the last mark (BOS, EOT, EOI): the top left cell of a
         # picture has ONE place in both orders, so what one order learns of pictures holds in both
         self.places = nn.Embedding(2 * context_length, d_model)
-        # What the caption said, as one vector: the sum over its words of word * place. It is added
-        # to every token of the picture that follows. Attention can find the words, too, but learns
-        # to do so late, for the strokes next door say more about a stroke than the caption does:
-        # with the sum, the share of pictures that show the digit of their caption went from 78 to
-        # 97 %
-        self.said_word = nn.Embedding(vocab_size, d_model)
+        # What the span before said, as one vector: the sum over its tokens of token * place. Every
+        # token of the next span gets it: a picture its caption, a caption its picture. Attention finds
+        # all that, too, but learns to do so late, for the strokes next door say more about a stroke
+        # than the caption does: the sum took the share of pictures showing the digit of their caption
+        # from 78 to 97 %
+        self.said_token = nn.Embedding(vocab_size, d_model)
         self.said_place = nn.Embedding(context_length, d_model)
         self.blocks = nn.ModuleList(Block(d_model, n_heads, dropout) for _ in range(n_layers))
         self.norm = nn.LayerNorm(d_model)
@@ -1107,7 +1107,7 @@ class iGPT(nn.Module):
             self.code_in = nn.Linear(codebook.shape[1], d_model, bias=False)
             self.code_out = nn.Linear(codebook.shape[1], d_model, bias=False)
             nn.init.normal_(self.code_out.weight, std=0.02)
-        for table in (self.embedding, self.places, self.said_word):
+        for table in (self.embedding, self.places, self.said_token):
             nn.init.normal_(table.weight, std=0.3)
         # Branches and output start small: the first loss is log V, the first gradients are calm
         nn.init.normal_(self.head.weight, std=0.02)
@@ -1127,16 +1127,17 @@ class iGPT(nn.Module):
                 self.head.weight + F.pad(self.code_out(codes), below))
 
     def locate(self, tokens):
-        """Tokens (B,T) -> places (B,T), how far the last mark is, in spans after EOI plus the
-        context length; and said (B,T,d), the sum over the caption so far, in its own span 0."""
+        """Tokens (B,T) -> places (B,T), how far the last mark is, after an EOI plus the context length;
+        and said (B,T,d), the sum over the span before that mark."""
         B, T = tokens.shape
         index = torch.arange(T, device=tokens.device).expand(B, T)
         is_mark = (tokens >= self.vocab_size - 4) & (tokens < self.vocab_size - 1)  # EOT, EOI, BOS
         last = torch.where(is_mark, index, 0).cummax(1).values  # (B,T): where the last mark stands
-        in_text = tokens.gather(1, last) == self.vocab_size - 3
-        is_word = (in_text & ~is_mark & (tokens != self.vocab_size - 1))[..., None]  # (B,T,1)
-        words = self.said_word(tokens) * self.said_place(index - last) * is_word
-        return index - last + self.context_length * in_text, words.cumsum(1) * ~in_text[..., None]
+        after_eoi = tokens.gather(1, last) == self.vocab_size - 3
+        speaks = tokens < self.vocab_size - 4  # neither marks nor PAD
+        said = self.said_token(tokens) * self.said_place(index - last) * speaks[..., None]  # (B,T,d)
+        said = said.cumsum(1).gather(1, last[..., None].expand_as(said))
+        return index - last + self.context_length * after_eoi, said
 
     def forward(self, tokens, located=None, cache=None, position=0, tables=None, span=None):
         """tokens int64 (B,T) -> logits (B,T,V). The rest is for generation:
@@ -1331,6 +1332,7 @@ class Muon(torch.optim.Adam):
             return cls.orthogonalize(x.mT, dtype).mT
         x = (x / (1.02 * x.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(dtype)
         for a, b, c in cls.COEFFICIENTS:
+            x = x / 1.02  # beyond 1 the polynomials explode, and rounding can lead there
             gram = x @ x.mT  # (n,rows,rows)
             x = a * x + (b * gram + c * gram @ gram) @ x
         return x
