@@ -416,6 +416,18 @@ def test_codes_alike_share_embeddings_and_the_codebook_gets_gradient():
     assert vqvae.codebook.weight.grad.abs().sum() > 0
 
 
+def test_dropout_drops_the_share_it_says_and_keeps_the_mean():
+    torch.manual_seed(0)
+    x = torch.ones(400, 500, requires_grad=True)
+    y = mmgen.dropout(x, 0.1)
+    share = (y == 0).float().mean().item()
+    assert abs(share - 26 / 256) < 0.003 and abs(y.mean().item() - 1) < 0.005
+    columns = (y == 0).float().mean(0)  # no byte of the random words is special
+    assert columns.min() > 0.03 and columns.max() < 0.2
+    y.sum().backward()
+    assert torch.equal(x.grad, y.detach())
+
+
 def test_dropout_only_in_training():
     torch.manual_seed(0)
     igpt = iGPT(40, 58, 32, 2, 2, dropout=0.5)
@@ -566,6 +578,35 @@ def test_frozen_parts_stay_frozen(tmp_path):
     assert not all(torch.equal(igpt_before[k], v) for k, v in igpt.state_dict().items())
 
 
+def test_phases_of_other_settings_keep_the_models_loadable(tmp_path):
+    """Each model's file carries the configuration it was built with, not that of the last phase."""
+    data = as_pairs(drawn(40, 8))
+    for phase, changes in (("vqvae", dict(vqvae_dim=8)), ("igpt", dict(d_model=16)), ("finetune", {})):
+        mmgen.train_run(tmp_path, phase, tiny_config(vqvae_steps=4, igpt_steps=4, finetune_steps=2, **changes), data,
+                        torch.device("cpu"))
+    vqvae = mmgen.load_vqvae(tmp_path / "checkpoints" / "vqvae_model.pth")
+    igpt, _ = mmgen.load_igpt(tmp_path / "checkpoints" / "igpt_model.pth", vqvae)
+    assert vqvae.encoder[0].out_channels == 8 and igpt.norm.normalized_shape == (16,)
+    with pytest.raises(InputError, match="holds a run"):  # phase 1 anew would orphan the iGPT
+        mmgen.train_run(tmp_path, "vqvae", tiny_config(), data, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_muon_orthogonalizes(dtype):
+    torch.manual_seed(0)
+    random = torch.randn(3, 24, 60)
+    for x in (random, random.mT, torch.randn(3, 24, 1) @ torch.randn(3, 1, 60), torch.zeros(3, 24, 60)):
+        values = torch.linalg.svdvals(mmgen.Muon.orthogonalize(x, dtype).float())
+        assert values.max() < 1.2  # also for rank one, where rounding once led to explosion
+    assert torch.linalg.svdvals(mmgen.Muon.orthogonalize(random, dtype).float()).min() > 0.7
+    weight = torch.nn.Parameter(torch.zeros(24, 60))
+    bias = torch.nn.Parameter(torch.zeros(24))
+    muon = mmgen.Muon([{"params": [weight], "orthogonal": True, "lr": 0.1}, {"params": [bias]}], lr=0.01)
+    (weight.sum() + bias.sum()).backward()
+    muon.step()
+    assert torch.linalg.matrix_norm(weight, 2) < 0.13 and torch.allclose(bias, torch.tensor(-0.01), atol=1e-4)
+
+
 def test_cosine_scheduler():
     optimizer = torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     scheduler = mmgen.create_cosine_scheduler(optimizer, warmup_steps=10, total_steps=110)
@@ -690,6 +731,7 @@ def test_data_is_drawn_when_there_is_none(tmp_path, monkeypatch):
 
 def test_resume_gives_the_same_weights(tmp_path, data_dir):
     cfg, data = tiny_config(vqvae_steps=20, igpt_steps=20, finetune_steps=10), mmgen.load_data(data_dir, log=None)
+    cfg = dataclasses.replace(cfg, optimizer="muon", dropout=0.1, ema=0.9, delay=2, copies=1)
     mmgen.train_run(tmp_path / "whole", "multi", cfg, data, torch.device("cpu"))
     stops = iter([("vqvae", 7), ("igpt", 5), ("igpt", 16), ("finetune", 3)])
 
@@ -724,6 +766,41 @@ def test_resume_gives_the_same_weights(tmp_path, data_dir):
         assert all(torch.equal(a[k], b[k]) for k in a)
 
 
+def test_kill_9_at_any_moment_then_resume(tmp_path, data_dir):
+    """Killed again and again, the run ends with the weights of the one that never was."""
+    args = ["train", "--phase", "multi", "--preset", "tiny", "--optimizer", "muon", "--vqvae-steps", "40", "--igpt-steps",
+            "40", "--finetune-steps", "10", "--data", str(data_dir)]
+    assert command(*args, "--run", tmp_path / "whole").returncode == 0
+    program = f"import sys; sys.path.insert(0, {str(MMGEN.parent)!r}); import mmgen; mmgen.SAVE_SECONDS = 0.05; " \
+              f"sys.exit(mmgen.main({[*args, '--resume', '--run', str(tmp_path / 'cut')]!r}))"
+    rng, kills = np.random.default_rng(0), 0
+    while True:
+        process = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.DEVNULL,
+                                   env={**os.environ, "OMP_NUM_THREADS": "1"})
+        try:
+            assert process.wait(timeout=rng.uniform(2.5, 5) if kills < 4 else 120) == 0
+            break
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            kills += 1
+    assert kills >= 1
+    for name in ("vqvae_model.pth", "igpt_model.pth"):
+        a, b = (torch.load(tmp_path / f / "checkpoints" / name, weights_only=True)["model"] for f in ("whole", "cut"))
+        assert all(torch.equal(a[k], b[k]) for k in a)
+    curves = [(tmp_path / f / "results/training_curves.csv").read_text().splitlines() for f in ("whole", "cut")]
+    assert [r.rsplit(",", 1)[0] for r in curves[0]][1:3] == [r.rsplit(",", 1)[0] for r in curves[1]][1:3]
+    assert len(curves[0]) == len(curves[1])
+
+
+def test_two_trainings_in_one_directory(tmp_path, data_dir):
+    run = mmgen.Run(tmp_path, "vqvae", tiny_config(), mmgen.load_data(data_dir, log=None))
+    with run.alone():
+        result = command("train", "--phase", "vqvae", "--preset", "tiny", "--data", data_dir, "--run", tmp_path)
+    assert result.returncode == 2 and "another training" in result.stderr
+    assert not (tmp_path / "checkpoints" / "vqvae_model.pth").exists()
+
+
 @pytest.mark.parametrize("args,message", [
     (["train"], "--phase"),
     (["train", "--phase", "never"], "never"),
@@ -739,6 +816,10 @@ def test_resume_gives_the_same_weights(tmp_path, data_dir):
     (["sample", "--mode", "image", "--run", "{run}", "--image", "{junk}"], "neither"),
     (["eval", "--run", "{run}", "--data", "{tmp}"], "no data"),
     (["data", "--size", "30", "--data", "{tmp}"], "divisible by 4"),
+    (["train", "--phase", "multi", "--resume", "--overwrite"], "not allowed with"),
+    (["train", "--phase", "multi", "--preset", "tiny", "--igpt-epochs", "0", "--data", "{data}", "--run", "{tmp}/x",
+      "--vqvae-steps", "1"], "only finetune"),
+    (["train", "--phase", "vqvae", "--orders", "sideways"], "orders"),
     (["eval", "--device", "quantum", "--run", "{run}"], "quantum"),
 ])
 def test_errors_are_one_line(args, message, trained, data_dir, tmp_path):
