@@ -140,8 +140,8 @@ class Config(Checked):
     dropout: float = knob(0.1, "on both branches of a block; 0 for runs of few epochs", 0, 0.9)
     link: bool = knob(True, "build code embeddings and output rows from the codebook")
     orders: str = knob("image_text,text_image", "orders of sequences, comma-separated; also plain")
-    caption_weight: float = knob(1.0, "weight of words after a picture; 5 to 10 read best", 0, 1e4)
-    copies: int = knob(0, "augmented copies to train on, each with three plain ones", 0, 1000)
+    caption_weight: float = knob(1.0, "weight of words after a picture; 5 to 20 read best", 0, 1e4)
+    copies: int = knob(0, "augmented copies to train on, each with a plain one", 0, 1000)
     igpt_epochs: int = knob(30, "length of phase 2", 0, 10**6)
     igpt_steps: int = knob(0, "the same in steps; 0: count epochs", 0, 10**9)
     igpt_batch_size: int = knob(128, "sequences a step", 1, 10**6)
@@ -152,7 +152,8 @@ class Config(Checked):
     single_steps: int = knob(0, "the same in steps; 0: count epochs", 0, 10**9)
     finetune_epochs: int = knob(3, "length of phase 3, 5-20 % of phase 1; 0 skips it", 0, 10**6)
     finetune_steps: int = knob(0, "the same in steps; 0: count epochs", 0, 10**9)
-    finetune_lr: float = knob(0.1, "learning rates of phase 3, relative to phases 1 and 2", 0, 10)
+    finetune_lr: float = knob(0.01, "the VQ-VAE's rates in phase 3, relative to phase 1", 0, 10)
+    finetune_igpt_lr: float = knob(0.1, "the iGPT's rates in phase 3, relative to phase 2", 0, 10)
     codebook_lr: float = knob(0.3, "the codebook's rate in joint training, relative", 0, 10)
     lambda_xent: float = knob(0.5, "weight of the cross-entropy in joint training; 0.1-1", 0, 1e3)
     lambda_warmup: float = knob(0.3, "share of `single` before lambda leaves 0", 0, 1)
@@ -176,10 +177,11 @@ PRESETS = {
     # Small batches, no dropout: a laptop sees each picture a few times only, and what counts is
     # learning per second. Lengths are in steps, so that the time does not depend on the data.
     "laptop": dict(
-        vqvae_dim=64, vqvae_D=64, vqvae_K=1024, attention=True, beta=2.0, extremes=0.2, ema=0.98,
+        vqvae_dim=64, vqvae_D=64, vqvae_K=1024, attention=True, beta=2.0, extremes=0.5, ema=0.98,
         delay=100, restart=50, vqvae_steps=4500, vqvae_batch_size=32, vqvae_lr=3e-3,
-        vqvae_decay=True, dropout=0.0, igpt_steps=3400, igpt_batch_size=32, igpt_lr=2e-3,
-        caption_weight=8.0, copies=1, single_steps=4000, finetune_steps=225, optimizer="muon"),
+        vqvae_decay=True, dropout=0.0, igpt_steps=4000, igpt_batch_size=32, igpt_lr=2e-3,
+        caption_weight=20.0, copies=2, single_steps=4000, finetune_steps=225, finetune_lr=0.002,
+        lambda_xent=0.1, optimizer="muon"),
     "tiny": dict(
         vqvae_dim=16, vqvae_D=16, vqvae_K=32, vqvae_steps=60, vqvae_batch_size=16, vqvae_lr=3e-3,
         d_model=32, n_heads=2, n_layers=2, igpt_steps=60, igpt_batch_size=16, igpt_lr=3e-3,
@@ -649,7 +651,7 @@ def _pairs(arrays, name, log):
     return Pairs(*pairs, *pairs[:2])
 
 
-def random_affine(x, shift=0.07, angle=0.15, zoom=0.1):
+def random_affine(x, shift=0.04, angle=0.1, zoom=0.07):
     """Shift (share of the side), turn (radians) and zoom each picture (B,3,H,W) a bit, at random.
     Nothing is mirrored, no colour changed, the border continued: mild enough for any picture."""
     B = len(x)
@@ -2268,19 +2270,19 @@ def draw_curves(rows, height=240, width=720):
     return canvas
 
 
-def parameter_groups(cfg, vqvae=None, igpt=None, factor=1.0, codebook_factor=1.0):
+def parameter_groups(cfg, vqvae=None, igpt=None, factor=1.0, codebook_factor=1.0, igpt_factor=1.0):
     """The optimizer's groups: VQ-VAE, codebook (slower in joint training), transformer; under muon
     the matrices of each are a group of their own. -> list of dicts with params, lr, name."""
-    named = [("vqvae", n, p, cfg.vqvae_lr) for n, p in vqvae.named_parameters()] if vqvae else []
-    named += [("igpt", n, p, cfg.igpt_lr) for n, p in igpt.named_parameters()] if igpt else []
     groups = {}
-    for model, name, p, lr in named:
-        matrix = cfg.optimizer == "muon" and is_matrix(name, p)
-        key = model + "_matrices" if matrix else "codebook" if name == "codebook.weight" else model
-        lr = cfg.muon_lr if matrix else lr * codebook_factor if key == "codebook" else lr
-        group = groups.setdefault(key, {"params": [], "lr": lr * factor, "name": key,
-                                        "orthogonal": matrix})
-        group["params"] += [p] if p.requires_grad else []
+    for model, lr, scale in ((vqvae, cfg.vqvae_lr, factor), (igpt, cfg.igpt_lr, igpt_factor)):
+        kind = "vqvae" if model is vqvae else "igpt"
+        for name, p in model.named_parameters() if model else ():
+            matrix, code = cfg.optimizer == "muon" and is_matrix(name, p), name == "codebook.weight"
+            key = f"{kind}_matrices" if matrix else "codebook" if code else kind
+            rate = (cfg.muon_lr if matrix else lr * codebook_factor if code else lr) * scale
+            group = groups.setdefault(key, {"params": [], "lr": rate, "name": key,
+                                            "orthogonal": matrix})
+            group["params"] += [p] if p.requires_grad else []
     return [g for g in groups.values() if g["params"]]
 
 
@@ -2294,63 +2296,79 @@ def phase_length(cfg, phase, n_rows, batch_size):
     return a_pass, epochs, a_pass * epochs
 
 
-def prepare_phase(phase, cfg, data, vqvae, igpt, tokenizer, device):
-    """-> trainer, train loader, test loader, passes, steps in all, for one phase of a regime."""
+FEW = slice(0, 500)  # test pictures for the curves; `eval` takes all
+
+
+def prepare_vqvae(cfg, data, vqvae, device):
+    """Phase 1 -> trainer, train loader, test loader, passes, steps in all."""
+    vqvae.requires_grad_(True)
+    vqvae.codebook.weight.requires_grad_(not cfg.ema)
+    train_set, test_set = Pictures(data.vqvae_train), Pictures(data.vqvae_test[FEW])
+    *loaders, passes, total, equipment = equip(
+        "vqvae", cfg, train_set, test_set, parameter_groups(cfg, vqvae), device)
+    vqvae.codebook.ema, vqvae.codebook.delay = cfg.ema, min(cfg.delay, total // 10)
+    vqvae.codebook.restart_until = int(0.6 * total)
+    trainer = VQVAETrainer(vqvae, device=device, beta=cfg.beta, extremes=cfg.extremes, **equipment)
+    return trainer, *loaders, passes, total
+
+
+def prepare_igpt(cfg, data, vqvae, igpt, tokenizer, device):
+    """Phase 2, all of the VQ-VAE frozen -> trainer, loaders, passes, steps in all."""
+    vqvae.requires_grad_(False).eval()
+    torch.manual_seed(cfg.seed)
+    # As often the pictures as they are as augmented: enough against learning a few thousand shapes
+    # by heart, and not so much that the model draws what augmentation made
+    tokens = [extract_tokens(vqvae, data.train_images)] * max(1, cfg.copies)
+    tokens += [extract_tokens(vqvae, data.train_images, augment=random_affine)
+               for _ in range(cfg.copies)]
+    test_tokens, orders = extract_tokens(vqvae, data.test_images[FEW]), cfg.orders.split(",")
+    train_set, test_set = (
+        Sequences(t, tokenizer.encode_batch(texts), tokenizer, orders) for t, texts in (
+            (torch.cat(tokens), data.train_captions), (test_tokens, data.test_captions[FEW])))
+    *loaders, passes, total, equipment = equip(
+        "igpt", cfg, train_set, test_set, parameter_groups(cfg, igpt=igpt), device)
+    trainer = iGPTTrainer(igpt, device=device, vocab_size=tokenizer.vocab_size,
+                          sequence_length=igpt.context_length, caption_weight=cfg.caption_weight,
+                          **equipment)
+    return trainer, *loaders, passes, total
+
+
+def prepare_joint(phase, cfg, data, vqvae, igpt, tokenizer, device):
+    """`single` or phase 3 -> trainer, loaders, passes, steps in all."""
+    single = phase == "single"
+    # Here the codes learn by gradient, EMA or not: the transformer has a say in them
+    vqvae.requires_grad_(True)
+    train_set, test_set = (
+        Pictures(images, tokenizer.encode_batch(texts)) for images, texts in (
+            (data.train_images, data.train_captions),
+            (data.test_images[FEW], data.test_captions[FEW])))
+    factors = (1.0, 1.0) if single else (cfg.finetune_lr, cfg.finetune_igpt_lr)
+    groups = parameter_groups(cfg, vqvae, igpt, factors[0], cfg.codebook_lr, factors[1])
+    *loaders, passes, total, equipment = equip(phase, cfg, train_set, test_set, groups, device)
+    vqvae.codebook.ema, vqvae.codebook.delay = 0.0, min(cfg.delay, total // 10) * single
+    vqvae.codebook.restart_until = int(0.6 * total) * single  # phase 3: the iGPT knows these codes
+    trainer = JointTrainer(
+        phase, vqvae, igpt, tokenizer, device=device, beta=cfg.beta, extremes=cfg.extremes,
+        lambda_xent=cfg.lambda_xent, warmup=int(total * cfg.lambda_warmup) * single,
+        ramp=int(total * cfg.lambda_ramp) * single, tau=cfg.tau, orders=cfg.orders.split(","),
+        caption_weight=cfg.caption_weight, **equipment)
+    if not single:
+        trainer.first_tokens = extract_tokens(vqvae, data.test_images[FEW]).to(device)
+    return trainer, *loaders, passes, total
+
+
+def equip(phase, cfg, train_set, test_set, groups, device):
+    """What every phase needs -> train loader, test loader, passes, steps in all, and a dict of the
+    trainer's optimizer, scheduler, clip, seed and bf16."""
     batch_size = cfg.igpt_batch_size if phase == "igpt" else cfg.vqvae_batch_size
-    orders, few = tuple(cfg.orders.split(",")), slice(0, 500)  # curves need few; `eval` takes all
-    # Frozen in phase 2. In joint training the codes learn by gradient, for the iGPT's reaches them
-    vqvae.requires_grad_(phase != "igpt")
-    vqvae.codebook.ema = cfg.ema if phase == "vqvae" else 0.0
-    vqvae.codebook.weight.requires_grad_(phase != "igpt" and not vqvae.codebook.ema)
-    if phase == "vqvae":
-        train_set, test_set = Pictures(data.vqvae_train), Pictures(data.vqvae_test[few])
-        groups = parameter_groups(cfg, vqvae)
-    else:
-        texts = tokenizer.encode_batch(data.train_captions)
-        test_texts = tokenizer.encode_batch(data.test_captions[few])
-    if phase == "igpt":
-        vqvae.eval()
-        torch.manual_seed(cfg.seed)
-        # Three times the pictures as they are to each augmented copy: enough against learning a few
-        # thousand shapes by heart, and not so much that the model draws what augmentation made
-        tokens = [extract_tokens(vqvae, data.train_images)] * max(1, 3 * cfg.copies)
-        tokens += [extract_tokens(vqvae, data.train_images, augment=random_affine)
-                   for _ in range(cfg.copies)]
-        train_set = Sequences(torch.cat(tokens), texts, tokenizer, orders)
-        test_tokens = extract_tokens(vqvae, data.test_images[few])
-        test_set = Sequences(test_tokens, test_texts, tokenizer, orders)
-        groups = parameter_groups(cfg, igpt=igpt)
-    elif phase != "vqvae":
-        train_set = Pictures(data.train_images, texts)
-        test_set = Pictures(data.test_images[few], test_texts)
-        factor = cfg.finetune_lr if phase == "finetune" else 1.0
-        groups = parameter_groups(cfg, vqvae, igpt, factor, cfg.codebook_lr)
     a_pass, passes, total = phase_length(cfg, phase, len(train_set), batch_size)
-    vqvae.codebook.delay = min(cfg.delay, total // 10)
-    if phase != "finetune":  # there the iGPT knows the codes: none is put elsewhere
-        vqvae.codebook.restart_until = int(0.6 * total)
     train_loader = make_loader(train_set, batch_size, seed=cfg.seed, steps=a_pass, total=total)
     bf16 = use_bf16(cfg.precision, device)
-    optimizer = make_optimizer(cfg, groups, bf16)
-    options = dict(clip=cfg.clip, seed=cfg.seed, bf16=bf16)
+    optimizer, scheduler = make_optimizer(cfg, groups, bf16), None
     if phase != "vqvae" or cfg.vqvae_decay:
-        warmup = int(cfg.warmup * total)
-        options["scheduler"] = create_cosine_scheduler(optimizer, warmup, total)
-    if phase == "vqvae":
-        trainer = VQVAETrainer(vqvae, optimizer, device, cfg.beta, cfg.extremes, **options)
-    elif phase == "igpt":
-        trainer = iGPTTrainer(igpt, optimizer, device, tokenizer.vocab_size, igpt.context_length,
-                              cfg.caption_weight, **options)
-    else:
-        single = phase == "single"
-        trainer = JointTrainer(
-            phase, vqvae, igpt, tokenizer, optimizer, device, cfg.beta, cfg.extremes,
-            cfg.lambda_xent, int(total * cfg.lambda_warmup) * single,
-            int(total * cfg.lambda_ramp) * single,
-            cfg.tau, orders, cfg.caption_weight, **options)
-    if phase == "finetune":
-        trainer.first_tokens = extract_tokens(vqvae, data.test_images[few]).to(device)
-    return trainer, train_loader, make_loader(test_set, 125, shuffle=False), passes, total
+        scheduler = create_cosine_scheduler(optimizer, int(cfg.warmup * total), total)
+    return train_loader, make_loader(test_set, 125, shuffle=False), passes, total, dict(
+        optimizer=optimizer, scheduler=scheduler, clip=cfg.clip, seed=cfg.seed, bf16=bf16)
 
 
 def train_run(folder, regime, cfg, data, device, resume=False, overwrite=False, finish=None):
@@ -2386,8 +2404,13 @@ def train_run(folder, regime, cfg, data, device, resume=False, overwrite=False, 
                 torch.manual_seed(cfg.seed + 1)
                 igpt = build_igpt(cfg, vqvae, tokenizer).to(device)
             started = time.monotonic()
-            trainer, *loaders, passes, total = prepare_phase(
-                phase, cfg, data, vqvae, igpt, tokenizer, device)
+            if phase == "vqvae":
+                prepared = prepare_vqvae(cfg, data, vqvae, device)
+            elif phase == "igpt":
+                prepared = prepare_igpt(cfg, data, vqvae, igpt, tokenizer, device)
+            else:
+                prepared = prepare_joint(phase, cfg, data, vqvae, igpt, tokenizer, device)
+            trainer, *loaders, passes, total = prepared
             run.start_phase(trainer, total)
             if cfg.compile:
                 try_compile(trainer.modules.values())
