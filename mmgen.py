@@ -197,7 +197,7 @@ class SamplingConfig(Checked):
     top_k: int = knob(0, "only the k most likely tokens; 0: all", 0, 10**6)
     top_p: float = knob(1.0, "only the most likely tokens, down to this share in sum", 1e-6, 1)
     greedy: bool = knob(False, "always the most likely token")
-    guidance: float = knob(2.0, "classifier-free guidance of pictures by captions; 0: none", 0, 100)
+    guidance: float = knob(1.0, "of pictures by captions; 2: truer, less varied; 0: none", 0, 100)
     min_p: float = knob(0.1, "guided: only tokens this likely, relative to the likeliest", 0, 1)
 
 
@@ -798,8 +798,7 @@ class Tokenizer:
 
 
 class VectorQuantizer(nn.Module):
-    """The codebook, K vectors of length D, and the search for the nearest (van den Oord et al.
-    2017).
+    """The codebook, K vectors of length D, and the search for the nearest (van den Oord 2017).
 
     ema 0: the codebook learns by gradient, through the codebook term of compute_loss. ema in (0,1):
     each code is a moving average, of this decay, of the features it was the nearest to, and gets no
@@ -825,8 +824,7 @@ class VectorQuantizer(nn.Module):
         return torch.addmm(self.weight.square().sum(1), flat.float(), self.weight.t(), alpha=-2)
 
     def forward(self, z_e):
-        """z_e (B,D,h,w) -> z_q (B,D,h,w), whose gradient goes to the codebook; tokens int64
-        (B,h,w)."""
+        """z_e (B,D,h,w) -> z_q (B,D,h,w), with gradient to the codebook; tokens int64 (B,h,w)."""
         B, D, h, w = z_e.shape
         flat = z_e.detach().movedim(1, -1).reshape(-1, D)  # (B*h*w, D)
         if self.training:
@@ -835,7 +833,7 @@ class VectorQuantizer(nn.Module):
                 return z_e.detach(), self.distances(flat).argmin(1).view(B, h, w)
             if self.batches == self.delay + 1:
                 self._replace(torch.ones_like(self.idle, dtype=torch.bool), flat)
-        tokens = self.distances(flat.detach()).argmin(1)  # (B*h*w,)
+        tokens = self.distances(flat).argmin(1)  # (B*h*w,)
         if self.training:
             self._track(flat, tokens)
         z_q = F.embedding(tokens, self.weight).view(B, h, w, D).movedim(-1, 1)  # (B,D,h,w)
@@ -857,16 +855,14 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def _replace(self, which, flat):
-        """Put the codes of a mask (K,) onto random features, a little off, so that no two
-        coincide."""
+        """Put the codes of a mask (K,) onto random features, a bit off, so that none coincide."""
         rows = flat[torch.randint(len(flat), (int(which.sum()),), device=flat.device)]
         self.weight[which] = self.ema_sum[which] = rows + 0.01 * flat.std() * torch.randn_like(rows)
         self.ema_count[which], self.idle[which] = 1.0, 0.0
 
 
 class ResidualBlock(nn.Module):
-    """x + conv1x1(relu(conv3x3(relu(x)))), the block of the VQ-VAE paper. (B,C,h,w) ->
-    (B,C,h,w)."""
+    """x + conv1x1(relu(conv3x3(relu(x)))), the VQ-VAE paper's block. (B,C,h,w) -> (B,C,h,w)."""
 
     def __init__(self, dim):
         super().__init__()
@@ -921,6 +917,7 @@ def attend(q, k, v, causal, mask=None):
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal and mask is None)
     # sdpa's backward in bfloat16 takes five times as long on a CPU as these three plain operations
     B, heads, T, head_dim = q.shape
+    # Added to the scores: -inf above the diagonal, where a query would look into the future
     hide = torch.full((T, T), -math.inf, dtype=q.dtype).triu(1) if causal else q.new_zeros(T, T)
     q, k, v = (t.reshape(B * heads, T, head_dim) for t in (q, k, v))
     scores = torch.baddbmm(hide, q, k.mT, alpha=head_dim**-0.5)  # (B*heads,T,T)
@@ -1003,14 +1000,12 @@ class VQVAE(nn.Module):
 
     @torch.no_grad()
     def get_tokens(self, x):
-        """Pictures (B,3,H,W) in [-1,1] -> tokens int64 (B,h,w). Changes nothing, even in
-        training."""
+        """Pictures (B,3,H,W) in [-1,1] -> tokens int64 (B,h,w). Tracks nothing, in training too."""
         z_e = self.encoder(x).movedim(1, -1)  # (B,h,w,D)
         return self.codebook.distances(z_e.flatten(0, 2)).argmin(1).view(z_e.shape[:3])
 
     def decode_tokens(self, tokens):
-        """Tokens (B,h,w), or flat (B,h*w), -> pictures (B,3,H,W). Raises InputError for a
-        non-code."""
+        """Tokens (B,h,w) or flat (B,h*w) -> pictures (B,3,H,W). Raises InputError for non-codes."""
         if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.n_embeddings:
             raise InputError(f"picture tokens must be in 0..{self.n_embeddings - 1}")
         if tokens.dim() == 2:
@@ -1134,8 +1129,7 @@ class iGPT(nn.Module):
             nn.init.normal_(block.mlp[2].weight, std=0.02)
 
     def tables(self):
-        """Embedding table and output matrix, both (V,d), with the codebook's share if there is
-        one."""
+        """Embedding table and output matrix, both (V,d), with the codebook's share, if any."""
         codebook = self._codebook[0]
         if codebook is None:
             return self.embedding.weight, self.head.weight
@@ -1208,14 +1202,13 @@ def sequence_length(n_tokens, tokenizer):
 
 
 def make_sequences(tokens, text_ids, tokenizer, order):
-    """Picture tokens (B,N) and captions (B,L+1) from Tokenizer.encode_batch -> sequences int64 (B,
-    N+L+3).
+    """Picture tokens (B,N) and captions (B,L+1) from Tokenizer.encode_batch -> sequences
+    int64 (B,N+L+3).
 
         image_text  BOS EOT IMAGE EOI TEXT     plain  BOS IMAGE EOI TEXT EOT
         text_image  BOS EOI TEXT EOT IMAGE
 
-    Where a caption is shorter than L, an EOT closes it in every order, and PAD fills the end of the
-    row.
+    Where a caption is shorter than L, an EOT closes it in every order; PAD fills the row's end.
     """
     t = tokenizer
     bos, eoi, eot = (torch.full((len(tokens), 1), mark, device=tokens.device)
@@ -1227,8 +1220,7 @@ def make_sequences(tokens, text_ids, tokenizer, order):
     if order != "text_image":
         raise InputError(f"unknown order {order!r}: choose from {', '.join(ORDERS)}")
     row = torch.cat([bos, eoi, text_ids, tokens], 1)
-    # The picture follows its caption at once: sort what is PAD to the end and leave the rest as it
-    # stands
+    # The picture follows its caption at once: sort PAD to the end and leave the rest as it stands
     return row.gather(1, (row == t.pad_token).to(torch.uint8).argsort(dim=1, stable=True))
 
 
