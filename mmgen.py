@@ -2367,11 +2367,14 @@ def train_run(folder, regime, cfg, data, device, resume=False, overwrite=False, 
     """Train the phases of a regime into a run directory -> vqvae, igpt, tokenizer (the latter two
     None if only the VQ-VAE was trained), or None if the run was complete already.
     finish(vqvae, igpt, tokenizer) is called before the run counts as complete."""
+    phases, files = REGIMES[regime], Path(folder) / "checkpoints"
+    empty = [phase for phase in phases if not phase_length(cfg, phase, 1, 1)[2]]
+    if empty and empty != ["finetune"]:
+        raise InputError(f"--{empty[0]}-epochs 0: only finetune can be skipped")
     run = Run(folder, regime, cfg, data)
     if not run.begin(resume, overwrite):
         return None
     torch.manual_seed(cfg.seed)
-    phases, files = REGIMES[regime], Path(folder) / "checkpoints"
     vqvae_path, igpt_path = files / "vqvae_model.pth", files / "igpt_model.pth"
     size, igpt, tokenizer = tuple(data.train_images.shape[1:3]), None, None
     texts = data.train_captions + data.test_captions
@@ -2381,11 +2384,8 @@ def train_run(folder, regime, cfg, data, device, resume=False, overwrite=False, 
         raise InputError(f"{vqvae_path}: was trained on {vqvae.size} pictures, these are {size}")
     with run.alone(), run.interruptible():
         for phase in phases:
-            length = phase_length(cfg, phase, 1, 1)[2]
-            if phase in run.done or (phase == "finetune" and not length):
+            if phase in run.done or phase in empty:
                 continue
-            if not length:
-                raise InputError(f"--{phase}-epochs 0: only finetune can be skipped")
             if phase == "finetune" and igpt is None:
                 # A kill while both were being written can leave a pair that does not fit; the state
                 # then replaces their weights
