@@ -59,6 +59,7 @@ import pickle
 import re
 import signal
 import struct
+import subprocess
 import sys
 import time
 import zipfile
@@ -554,6 +555,9 @@ def _captions(texts, images, name):
         raise InputError(f"{name}: want a list of captions, found {type(texts).__name__}") from None
     if None in texts:
         raise InputError(f"{name}: caption {texts.index(None)} is no text")
+    empty = [i for i, text in enumerate(texts) if not text.strip()]
+    if empty:
+        raise InputError(f"{name}: caption {empty[0]} holds no word")
     if len(texts) != len(images):
         raise InputError(f"{name}: {len(texts)} captions for {len(images)} pictures")
     return texts
@@ -620,19 +624,22 @@ def load_mnist(folder, seed=0):
     return arrays
 
 
+SOURCES = ("colored_mnist_with_text.pkl", "mnist", "drawn.npz")  # the first one found is taken
+
+
 def load_data(folder, value_range="auto", log=print):
     """The data of a folder as Pairs: the two pickles, else raw MNIST in mnist/, else drawn.npz.
     Raises InputError if there is none, if picture sizes differ, and when the readers above do."""
     folder = Path(folder)
-    pairs_file, vqvae_file = folder / "colored_mnist_with_text.pkl", folder / "mnist_colored.pkl"
-    drawn = folder / "drawn.npz"
+    pairs_file, mnist, drawn = (folder / name for name in SOURCES)
+    vqvae_file = folder / "mnist_colored.pkl"
     if pairs_file.exists():
         pairs = load_colored_mnist_text(pairs_file, value_range, log)
         both = vqvae_file.exists()
         vqvae = load_pickled_data(vqvae_file, value_range, log) if both else pairs[:2]
         data = Pairs(*pairs, *vqvae)
-    elif (folder / "mnist").is_dir():
-        data = _pairs(load_mnist(folder / "mnist"), folder / "mnist", log)
+    elif mnist.is_dir():
+        data = _pairs(load_mnist(mnist), mnist, log)
     elif drawn.exists():
         data = _pairs(read_npz(drawn), drawn, log)
     else:
@@ -780,11 +787,6 @@ class Tokenizer:
                 words.append(self.words[token - self.n_embeddings])
         return " ".join(words)
 
-    def check(self, texts):
-        """Raise InputError if a caption has a word or a length the vocabulary was not made for."""
-        for text in set(texts):
-            self.text_encode(text)
-
     def encode_batch(self, texts):
         """Captions -> int64 (B,L+1): the words, one EOT, PAD up to the longest caption's length."""
         ids = torch.full((len(texts), self.caption_length + 1), self.pad_token)
@@ -808,7 +810,7 @@ class VectorQuantizer(nn.Module):
 
     def __init__(self, K, D, ema=0.0, delay=0, restart=100):
         super().__init__()
-        self.K, self.D, self.ema, self.delay, self.restart = K, D, ema, delay, restart
+        self.K, self.ema, self.delay, self.restart = K, ema, delay, restart
         self.restart_until = math.inf  # training batch; late codes are codes no decoder has learned
         self.weight = nn.Parameter(torch.empty(K, D).uniform_(-1 / K, 1 / K), requires_grad=not ema)
         # Buffers travel in checkpoints, so a resumed run goes on as if it had never stopped
@@ -820,8 +822,10 @@ class VectorQuantizer(nn.Module):
     @torch.autocast("cpu", enabled=False)  # in bfloat16 the nearest code would be a matter of luck
     @torch.autocast("cuda", enabled=False)
     def distances(self, flat):
-        """Features (M,D) -> (M,K): |z-e|^2 less |z|^2, which is the same for every code."""
-        return torch.addmm(self.weight.square().sum(1), flat.float(), self.weight.t(), alpha=-2)
+        """Features (M,D) -> squared distances (M,K), |e|^2 - 2 z.e + |z|^2: no (M,K,D) tensor."""
+        flat = flat.float()
+        scores = torch.addmm(self.weight.square().sum(1), flat, self.weight.t(), alpha=-2)  # (M,K)
+        return scores.add_(flat.square().sum(1, keepdim=True))
 
     def forward(self, z_e):
         """z_e (B,D,h,w) -> z_q (B,D,h,w), with gradient to the codebook; tokens int64 (B,h,w)."""
@@ -1119,6 +1123,7 @@ class iGPT(nn.Module):
         if codebook is not None:
             self.code_in = nn.Linear(codebook.shape[1], d_model, bias=False)
             self.code_out = nn.Linear(codebook.shape[1], d_model, bias=False)
+            self.code_said = nn.Linear(codebook.shape[1], d_model, bias=False)
             nn.init.normal_(self.code_out.weight, std=0.02)
         for table in (self.embedding, self.places, self.said_token):
             nn.init.normal_(table.weight, std=0.3)
@@ -1129,25 +1134,26 @@ class iGPT(nn.Module):
             nn.init.normal_(block.mlp[2].weight, std=0.02)
 
     def tables(self):
-        """Embedding table and output matrix, both (V,d), with the codebook's share, if any."""
-        codebook = self._codebook[0]
+        """Embedding table, output matrix and the table of said_token, all (V,d), with the
+        codebook's share, if any."""
+        codebook, own = self._codebook[0], (self.embedding, self.head, self.said_token)
         if codebook is None:
-            return self.embedding.weight, self.head.weight
+            return tuple(table.weight for table in own)
         codes = (codebook - codebook.mean(0)) / (codebook.std(0) + 1e-5)  # (K,D), all on one scale
         below = (0, 0, 0, self.vocab_size - len(codes))  # words and specials get nothing
-        return (self.embedding.weight + F.pad(self.code_in(codes), below),
-                self.head.weight + F.pad(self.code_out(codes), below))
+        return tuple(table.weight + F.pad(linked(codes), below) for table, linked in zip(
+            own, (self.code_in, self.code_out, self.code_said)))
 
-    def locate(self, tokens):
+    def locate(self, tokens, said_table):
         """Tokens (B,T) -> places (B,T), how far the last mark is, after an EOI plus the context
-        length; and said (B,T,d), the sum over the span before that mark."""
+        length; and said (B,T,d), the sum over the span before that mark. said_table: tables()[2]."""
         B, T = tokens.shape
         index = torch.arange(T, device=tokens.device).expand(B, T)
         is_mark = (tokens >= self.vocab_size - 4) & (tokens < self.vocab_size - 1)  # EOT, EOI, BOS
         last = torch.where(is_mark, index, 0).cummax(1).values  # (B,T): where the last mark stands
         after_eoi = tokens.gather(1, last) == self.vocab_size - 3
         speaks = tokens < self.vocab_size - 4  # neither marks nor PAD
-        said = self.said_token(tokens) * self.said_place(index - last)  # (B,T,d)
+        said = F.embedding(tokens, said_table) * self.said_place(index - last)  # (B,T,d)
         said = (said * speaks[..., None]).cumsum(1).gather(1, last[..., None].expand_as(said))
         return index - last + self.context_length * after_eoi, said
 
@@ -1163,8 +1169,8 @@ class iGPT(nn.Module):
         assert cache is not None or position == 0, "without a cache, what came before is unknown"
         if position + T > self.context_length:
             raise InputError(f"{position + T} tokens, the context holds {self.context_length}")
-        embedding, output = tables or self.tables()
-        places, said = located or self.locate(tokens)
+        embedding, output, said_table = tables or self.tables()
+        places, said = located or self.locate(tokens, said_table)
         x = F.embedding(tokens, embedding) + self.places(places) + said  # (B,T,d)
         mask = None if cache is None else self._mask(T, position, cache.pad, x.device)
         for i, block in enumerate(self.blocks):
@@ -1431,10 +1437,7 @@ class Trainer:
             torch.manual_seed(zlib.crc32(f"{self.seed} {self.phase} {self.step}".encode()))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             loss, parts = self.loss(to_device(batch, self.device))
-        self.last_loss = loss.item()
-        if not math.isfinite(self.last_loss):
-            raise TrainingError(f"the loss is {self.last_loss} at step {self.step} of phase "
-                                f"{self.phase}: try a lower learning rate")
+        self.last_loss = self.finite(loss.item())
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(self.parameters, self.clip)
@@ -1446,11 +1449,19 @@ class Trainer:
             total, n = self.sums.get(name, (0.0, 0))
             self.sums[name] = (total + float(value), n + 1)
 
+    def finite(self, loss):
+        """The loss, if it is a number; else raises TrainingError, before anything is saved."""
+        if math.isfinite(loss):
+            return loss
+        raise TrainingError(f"the loss is {loss} at step {self.step} of phase {self.phase}: "
+                            "try a lower learning rate")
+
     def _end_epoch(self, epoch, test_loader):
         for module in self.modules.values():
             module.eval()
         with torch.no_grad():
             measured = self.test(test_loader)
+        self.finite(measured["loss"])  # the last step may have broken the weights
         row = {"phase": self.phase, "epoch": epoch + 1, "step": self.step,
                "lr": self.optimizer.param_groups[0]["lr"]}
         row |= {f"train_{name}": total / n for name, (total, n) in self.sums.items()}
@@ -1642,8 +1653,7 @@ class JointTrainer(Trainer):
         log_p = F.log_softmax(self.igpt(rows[:, :-1]).float(), dim=-1)  # (B,T-1,V)
         nll = -log_p.gather(2, targets[..., None])[..., 0]  # (B,T-1)
         flat = z_e.float().movedim(1, -1).flatten(0, 2)  # (B*N,D), in the order of the tokens
-        # (B*N,K)
-        distance = self.vqvae.codebook.distances(flat) + flat.square().sum(1, keepdim=True)
+        distance = self.vqvae.codebook.distances(flat)  # (B*N,K)
         scale = self.tau * distance.detach().amin(1).mean().clamp(min=1e-6)
         soft = F.softmax(-distance / scale, dim=1)
         is_code = targets < self.vqvae.n_embeddings  # (B,T-1), N a row
@@ -1666,6 +1676,15 @@ class JointTrainer(Trainer):
         out["loss"] += self.lambda_now() * prediction["loss"]
         return out | {"nll": prediction["loss"], "accuracy": prediction["accuracy"],
                       "drift": (tokens != self.first_tokens).float().mean().item()}
+
+    def state_dict(self):
+        """As of every trainer, and the tokens that drift is measured from."""
+        return super().state_dict() | {"first_tokens": self.first_tokens}
+
+    def load_state_dict(self, state):
+        """Take up training where state_dict() was called."""
+        super().load_state_dict(state)
+        self.first_tokens = state["first_tokens"]
 
 
 # --- Sampling: logits, probabilities, a token; prefill and decode; captions, pictures, pairs ------
@@ -1718,7 +1737,8 @@ def generate(model, prompts, n_new, span, how, generator=None, unconditional=Non
     tokens, pad = tokens.to(device), pad if pad is None else pad.to(device)
     rows, T = tokens.shape
     cache = model.new_cache(rows, T + n_new, pad)
-    tables, (places, said) = model.tables(), model.locate(tokens)
+    tables = model.tables()
+    places, said = model.locate(tokens, tables[2])
     logits = model(tokens, (places, said), cache, 0, tables, span)[:, -1]  # prefill: all at once
     place, said, new = places[:, -1:], said[:, -1:], []
     ended = torch.zeros(B, dtype=torch.bool, device=device)
@@ -1885,7 +1905,9 @@ def compare_captions(found, wanted):
 
 # --- Files: checkpoints, pictures, curves ---------------------------------------------------------
 
-FORMAT = 1  # of checkpoints; raise it whenever an old file would be misread
+FORMAT = 2  # of checkpoints; raise it whenever an old file would be misread
+# What using the content of a damaged checkpoint may raise
+DAMAGE = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 def atomic_write(path, data):
@@ -1967,8 +1989,8 @@ def rebuild(path, content, build):
             model = build(Config(**content["config"]))
         model.load_state_dict(content["model"], assign=True)
         return model.float().eval()
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
-        why = str(e).splitlines()[0][:200]
+    except DAMAGE as error:
+        why = str(error).splitlines()[0][:200]
         raise InputError(f"{path}: does not fit this version of mmgen ({why})") from None
 
 
@@ -2121,6 +2143,9 @@ class Run:
                 log(f"nothing to resume in {self.folder}: starting anew")
             return True
         state = load_checkpoint(self.state_path, "state")
+        lacking = {"regime", "config", "data", "done", "rows", "complete", "trainer"} - state.keys()
+        if lacking:
+            raise InputError(f"{self.state_path}: damaged, it lacks {', '.join(sorted(lacking))}")
         if not resume:
             if not overwrite and (not state["complete"] or phases & set(state["done"])):
                 raise InputError(f"{self.folder} holds a run ({state['regime']}): --resume it, "
@@ -2153,7 +2178,12 @@ class Run:
         """Hook the run into a trainer, and the saved state, if it is of this phase."""
         trainer.on_step, trainer.on_epoch, self.total = self.on_step, self.on_epoch, total
         if self.trainer_state and self.trainer_state["phase"] == trainer.phase:
-            trainer.load_state_dict(self.trainer_state)
+            try:
+                trainer.load_state_dict(self.trainer_state)
+            except DAMAGE as error:
+                why = str(error).splitlines()[0][:200]
+                raise InputError(f"{self.state_path}: damaged ({why}); --overwrite starts anew"
+                                 ) from None
             log(f"resumed {trainer.phase} at step {trainer.step}")
         self.trainer_state = None
         self.save(trainer)
@@ -2390,7 +2420,6 @@ def train_run(folder, regime, cfg, data, device, resume=False, overwrite=False, 
                 # A kill while both were being written can leave a pair that does not fit; the state
                 # then replaces their weights
                 igpt, tokenizer = load_igpt(igpt_path, vqvae, device, bool(run.trainer_state))
-                tokenizer.check(texts)
             elif phase != "vqvae" and igpt is None:
                 tokenizer = Tokenizer(texts, vqvae.n_embeddings)
                 torch.manual_seed(cfg.seed + 1)
@@ -2459,10 +2488,10 @@ def report_codebook(vqvae, images, device):
         log("warning: the codebook collapsed: lower --vqvae-lr, raise --beta, or try --ema 0.99")
 
 
-# --- Bench: ratios of two things timed in turn, in one run ----------------------------------------
+# --- Bench: mmgen against plain code and against the machine, timed in turn -----------------------
 
 
-def timed_in_turn(functions, rounds=5):
+def timed_in_turn(*functions, rounds=5):
     """Median seconds of each function; they take turns, so a slow moment hits all alike."""
     seconds = [[] for _ in functions]
     for i in range(rounds + 1):
@@ -2474,41 +2503,147 @@ def timed_in_turn(functions, rounds=5):
     return [float(np.median(s)) for s in seconds]
 
 
-def bench():
-    """-> list of rows (what, seconds of ours, seconds of the other, what the other is)."""
-    torch.manual_seed(0)
-    rows = []
-    z = torch.randn(2, 256, 28, 28, requires_grad=True)  # 1568 features
-    quantizer = VectorQuantizer(128, 256).eval()
+class DistanceTensor(VectorQuantizer):
+    """The notes' quantizer: every difference of a feature and a code is written to memory."""
 
-    def ours():
-        z_q, _ = quantizer(z)
-        (F.mse_loss(z_q, z.detach()) + F.mse_loss(z, z_q.detach())).backward()
+    def distances(self, flat):
+        """Features (M,D) -> (M,K), by way of (M,K,D)."""
+        return (flat[:, None] - self.weight[None]).square().sum(-1)
 
-    def with_distance_tensor():  # the notes' form
-        flat = z.movedim(1, -1).reshape(-1, 256)
-        nearest = ((flat[:, None] - quantizer.weight[None]) ** 2).sum(-1).argmin(1)
-        z_q = quantizer.weight[nearest]
-        (F.mse_loss(z_q, flat.detach()) + F.mse_loss(flat, z_q.detach())).backward()
 
-    rows.append(("quantizer, forward and backward", *timed_in_turn([ours, with_distance_tensor]),
-                 "(N,K,D) tensor"))
-    tokenizer = Tokenizer(["a b c d e f"], 128)
-    model = iGPT(tokenizer.vocab_size, 58).eval()
-    prompts = [text_prompt(tokenizer, "a b c d e f")] * 16
-    how = SamplingConfig(guidance=0, top_p=1.0)
+class PlainBlock(Block):
+    """A textbook block: scores and softmax spelled out, dropout by a random number an element."""
+
+    def forward(self, x, causal=True, mask=None, cached=None):
+        """x (B,T,d) -> (B,T,d)."""
+        B, T, d = x.shape
+        layer = self.attention
+        q, k, v = layer.qkv(self.norm1(x)).view(B, T, 3, layer.n_heads, -1).transpose(1, 3).unbind(2)
+        scores = q @ k.mT / math.sqrt(q.shape[-1])  # (B,heads,T,T)
+        future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
+        weights = F.dropout(scores.masked_fill(future, -math.inf).softmax(-1), self.dropout)
+        y = layer.out((weights @ v).transpose(1, 2).reshape(B, T, d))
+        x = x + F.dropout(y, self.dropout)
+        return x + F.dropout(self.mlp(self.norm2(x)), self.dropout)
+
+
+def training_step(trainer, batch):
+    """-> a function that makes one step of a trainer."""
+    for module in trainer.modules.values():
+        module.train()
+    return lambda: trainer.train_step(batch)
+
+
+def bench_quantizer():
+    """6272 features of length 256, forward and backward -> rows of the table."""
+    z = torch.randn(128, 256, 7, 7, requires_grad=True)
+
+    def both_ways(quantizer):
+        def run():
+            z_q, _ = quantizer(z)
+            (F.mse_loss(z_q, z.detach()) + F.mse_loss(z, z_q.detach())).backward()
+        return run
+
+    ours, large, plain = timed_in_turn(*(both_ways(q.eval()) for q in (
+        VectorQuantizer(128, 256), VectorQuantizer(1024, 256), DistanceTensor(128, 256))))
+    return [("quantizer, K 128, both ways", ours, plain, "(N,K,D) tensor"),
+            ("quantizer, K 1024, both ways", large, ours, "K 128")]
+
+
+def bench_vqvae():
+    """Training steps and token extraction of the notes' VQ-VAE, batch 128 -> rows of the table."""
+    x, steps = torch.rand(128, 3, 28, 28) * 2 - 1, []
+    for quantizer in (VectorQuantizer, DistanceTensor):
+        vqvae = VQVAE()
+        vqvae.codebook = quantizer(128, 256)
+        optimizer = make_optimizer(Config(), [{"params": vqvae.parameters()}])
+        steps.append(training_step(VQVAETrainer(vqvae, optimizer, "cpu"), x))
+    # The machine's limit: multiply-adds of all convolutions, three times (forward, gradients of
+    # inputs and of weights), at the speed of a large matrix product timed in the same rounds
+    products, matrix = 0, torch.randn(2048, 2048)
+
+    def count(layer, inputs, output):
+        nonlocal products
+        cells = (inputs[0] if isinstance(layer, nn.ConvTranspose2d) else output)[:, 0].numel()
+        products += layer.weight.numel() * cells
+
+    hooks = [m.register_forward_hook(count) for m in vqvae.modules()
+             if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d))]
+    vqvae(x)
+    for hook in hooks:
+        hook.remove()
+    ours, plain, product = timed_in_turn(*steps, lambda: matrix @ matrix, rounds=3)
+    images = (127.5 * (x.permute(0, 2, 3, 1).numpy() + 1)).astype(np.uint8)
+
+    @torch.no_grad()
+    def encode():
+        vqvae.encoder(x)
+
+    extract, encoded = timed_in_turn(lambda: extract_tokens(vqvae, images, 128), encode)
+    return [("VQ-VAE step, dim 256, batch 128", ours, plain, "(N,K,D) tensor"),
+            ("the same, K 128", ours, 3 * products * product / 2048**3, "its products at full speed"),
+            ("token extraction", extract, encoded, "encoder's forward pass")]
+
+
+def bench_igpt():
+    """Training steps of the notes' iGPT, batch 128, V 165, 57 tokens -> rows of the table."""
+    rows, steps = torch.randint(165, (128, 58)), []
+    for block in (Block, PlainBlock):
+        igpt = iGPT(165, 58)
+        igpt.blocks = nn.ModuleList(block(128, 4, 0.1) for _ in range(4))
+        optimizer = make_optimizer(Config(), [{"params": igpt.parameters()}])
+        steps.append(training_step(iGPTTrainer(igpt, optimizer, "cpu", 165, 58), rows))
+    return [("iGPT step, batch 128", *timed_in_turn(*steps), "plain attention and dropout")]
+
+
+def bench_sampling():
+    """64 pictures of 49 tokens after 9 of prompt -> rows of the table."""
+    tokenizer, how = Tokenizer(["a b c d e f"], 128), SamplingConfig(guidance=0)
+    igpt = iGPT(tokenizer.vocab_size, 58).eval()
+    prompts = [text_prompt(tokenizer, "a b c d e f")] * 64
 
     def cached():
-        generate(model, prompts, 49, tokenizer.image_span, how)
+        generate(igpt, prompts, 49, tokenizer.image_span, how)
 
     @torch.no_grad()
     def uncached():
         row = torch.stack(prompts)
         for _ in range(49):
-            row = torch.cat([row, sample_token(model(row)[:, -1, :128], how)[:, None]], 1)
+            row = torch.cat([row, sample_token(igpt(row)[:, -1, :128], how)[:, None]], 1)
 
-    rows.append(("sampling 16 pictures", *timed_in_turn([cached, uncached], 3), "no cache"))
-    return rows
+    cache, tables = igpt.new_cache(64, 58), igpt.tables()
+    token = torch.zeros(64, 1, dtype=torch.int64)
+
+    @torch.no_grad()
+    def token_at(position):
+        igpt(token, igpt.locate(token, tables[2]), cache, position, tables, tokenizer.image_span)
+
+    last, first = timed_in_turn(lambda: token_at(57), lambda: token_at(9), rounds=50)
+    size = (cache.k.untyped_storage().nbytes() + cache.v.untyped_storage().nbytes()) / 2**20
+    return [("sampling 64 pictures", *timed_in_turn(cached, uncached), "no cache"),
+            ("the last of their tokens", last, first, "the first"),
+            ("their cache", size, 2 * 4 * 64 * 58 * 128 * 4 / 2**20, "layers, B, T, d, bytes", "MiB")]
+
+
+def bench_start():
+    """`mmgen.py --help` in a fresh process -> rows of the table."""
+    def process(*arguments):
+        return lambda: subprocess.run([sys.executable, *arguments], check=True,
+                                      stdout=subprocess.DEVNULL)
+
+    seconds = timed_in_turn(process(__file__, "--help"), process("-c", "import torch"))
+    return [("mmgen.py --help", *seconds, "import torch")]
+
+
+def bench():
+    """-> rows of the table, one by one: dicts of what, ours, other, unit, ratio (other to ours: how
+    many times better ours is) and what the other is."""
+    torch.manual_seed(0)
+    for part in (bench_quantizer, bench_vqvae, bench_igpt, bench_sampling, bench_start):
+        for what, ours, other, name, *unit in part():
+            scale = 1 if unit else 1e3
+            yield {"what": what, "ours": ours * scale, "other": other * scale,
+                   "unit": unit[0] if unit else "ms", "ratio": other / ours, "against": name}
 
 
 # --- Command line ---------------------------------------------------------------------------------
@@ -2522,10 +2657,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def checked(cast, low, high):
-    """An argparse type: cast the text, refuse what is outside [low, high] (None: open)."""
+    """An argparse type: cast the text, refuse what is outside [low, high]."""
     def convert(text):
         value = cast(text)
-        if not ((low is None or value >= low) and (high is None or value <= high)):
+        if not low <= value <= high:
             raise argparse.ArgumentTypeError(f"{text} is not in the range {low} to {high}")
         return value
     convert.__name__ = cast.__name__  # argparse names the type in its message
@@ -2543,8 +2678,7 @@ def add_config_flags(parser, config_class):
         elif meta["choices"]:
             options["choices"] = meta["choices"]
         else:
-            options |= dict(type=checked(kind, meta["low"], meta["high"]),
-                            metavar=kind.__name__.upper())
+            options |= dict(type=kind, metavar=kind.__name__.upper())  # its range: see Checked
         parser.add_argument(f"--{f.name.replace('_', '-')}", **options)
 
 
@@ -2649,8 +2783,7 @@ def command_train(args):
     # A length given in epochs replaces the preset's length in steps
     lengths = {k.replace("_epochs", "_steps"): 0 for k in flags if k.endswith("_epochs")}
     cfg = Config(**{**PRESETS[preset], **lengths, **flags})
-    sources = ("colored_mnist_with_text.pkl", "mnist", "drawn.npz")
-    if not any((args.data / name).exists() for name in sources):
+    if not any((args.data / name).exists() for name in SOURCES):
         log(f"no data in {args.data}: drawing the embedded set")
         write_drawn(args.data)
     data, started = load_data(args.data, cfg.value_range, log), time.monotonic()
@@ -2749,14 +2882,16 @@ def command_eval(args):
 
 def command_bench(args):
     """mmgen.py bench"""
-    rows = bench()
+    rows = []
+    if not args.json:
+        print(f"{'what':34}{'mmgen':>9}{'other':>9}{'':6}{'ratio':>7}  other")
+    for row in bench():
+        rows.append(row)
+        if not args.json:
+            print("{what:34}{ours:9.1f}{other:9.1f} {unit:5}{ratio:6.2f}x  {against}".format(**row),
+                  flush=True)
     if args.json:
-        keys = ("what", "seconds", "other_seconds", "other")
-        print(json.dumps([dict(zip(keys, r), ratio=r[2] / r[1]) for r in rows]))
-        return
-    print(f"{'what':36}{'mmgen':>10}{'other':>10}{'ratio':>8}  other")
-    for what, ours, other, name in rows:
-        print(f"{what:36}{1e3 * ours:7.1f} ms{1e3 * other:7.1f} ms{other / ours:7.1f}x  {name}")
+        print(json.dumps(rows))
 
 
 def main(argv=None):

@@ -1,12 +1,16 @@
 """Tests of mmgen.py: `make test`. Everything is tiny; nothing is downloaded."""
 
 import codecs
+import copy
 import csv
 import dataclasses
+import functools
 import gzip
 import json
 import os
 import pickle
+import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -139,6 +143,130 @@ def test_pickles_are_accepted(tmp_path, layout, protocol):
     assert data.vqvae_train is data.train_images  # with one file its pictures serve both
     (tmp_path / "mnist_colored.pkl").write_bytes(pickle.dumps({"train": images[:4], "test": images[:2]}, protocol))
     assert mmgen.load_data(tmp_path, log=None).vqvae_train.shape == (4, 28, 28, 3)
+
+
+U8 = np.zeros((4, 8, 8, 3), np.uint8)
+CAPTIONS = [TEXTS[0]] * 4
+
+
+@pytest.mark.parametrize("content,message", [
+    (None, "want a 4-tuple or a dict"),
+    (b"", "no readable pickle"),
+    (b"\x80\x05.", "no readable pickle"),
+    (pickle.dumps(U8)[:-40], "no readable pickle"),
+    ([U8, U8, CAPTIONS], "want a 4-tuple"),
+    ({"train_images": U8, "test_images": U8, "train_texts": CAPTIONS}, "want a 4-tuple or a dict with"),
+    (7, "found int"),
+    ((None, U8, CAPTIONS, CAPTIONS), "train_images: want a NumPy array"),
+    (([1, 2], U8, CAPTIONS, CAPTIONS), "train_images: want a NumPy array (N,H,W,3), found list"),
+    ((U8, U8[0], CAPTIONS, CAPTIONS), "test_images: want numbers (N,H,W,3), found uint8 (8, 8, 3)"),
+    ((U8[..., :2], U8, CAPTIONS, CAPTIONS), "train_images: want numbers (N,H,W,3)"),
+    ((U8.astype(object), U8, CAPTIONS, CAPTIONS), "train_images: want numbers (N,H,W,3), found object"),
+    ((U8.astype(bool), U8, CAPTIONS, CAPTIONS), "found bool"),
+    ((U8.astype(complex), U8, CAPTIONS, CAPTIONS), "found complex"),
+    ((U8.astype(str), U8, CAPTIONS, CAPTIONS), "train_images: want numbers"),
+    ((U8[:0], U8, [], CAPTIONS), "train_images: want pictures"),
+    ((U8[:, :0], U8, CAPTIONS, CAPTIONS), "train_images: want pictures"),
+    ((U8[:, :6], U8[:, :6], CAPTIONS, CAPTIONS), "H and W divisible by 4, found (4, 6, 8, 3)"),
+    ((U8, np.zeros((4, 12, 8, 3), np.uint8), CAPTIONS, CAPTIONS), "unlike sizes"),
+    ((U8 + np.nan, U8, CAPTIONS, CAPTIONS), "nan"),
+    ((U8 - np.inf, U8, CAPTIONS, CAPTIONS), "inf"),
+    ((U8.astype(int) + 256, U8, CAPTIONS, CAPTIONS), "256"),
+    ((U8.astype(int) - 1, U8, CAPTIONS, CAPTIONS), "-1"),
+    ((U8 + 1, U8 + 200, CAPTIONS, CAPTIONS), "test_images: 200 to 200 does not fit 2bit"),
+    ((U8, U8, CAPTIONS[:3], CAPTIONS), "train_texts: 3 captions for 4 pictures"),
+    ((U8, U8, CAPTIONS, CAPTIONS * 2), "test_texts: 8 captions for 4 pictures"),
+    ((U8, U8, 5, CAPTIONS), "train_texts: want a list of captions, found int"),
+    ((U8, U8, [b"red one"] * 4, CAPTIONS), "train_texts: caption 0 is no text"),
+    ((U8, U8, CAPTIONS, CAPTIONS[:2] + [None, 3.5]), "test_texts: caption 2 is no text"),
+    ((U8, U8, [""] * 4, [" "] * 4), "train_texts: caption 0 holds no word"),
+])
+def test_bad_pickles(tmp_path, content, message):
+    path = tmp_path / "colored_mnist_with_text.pkl"
+    path.write_bytes(content if isinstance(content, bytes) else pickle.dumps(content))
+    with pytest.raises(InputError) as error:
+        mmgen.load_data(tmp_path, log=None)
+    assert message in str(error.value) and str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content,message", [
+    ({}, "want a dict with 'train' and 'test'"),
+    ([U8, U8], "want a dict with 'train' and 'test', not list"),
+    ({"train": U8}, "want a dict"),
+    ({"train": U8, "test": "pictures"}, "test: want a NumPy array"),
+    ({"train": np.zeros((2, 12, 8, 3), np.uint8), "test": U8}, "unlike sizes"),
+])
+def test_bad_picture_pickles(tmp_path, content, message):
+    (tmp_path / "colored_mnist_with_text.pkl").write_bytes(pickle.dumps((U8, U8, CAPTIONS, CAPTIONS)))
+    (tmp_path / "mnist_colored.pkl").write_bytes(pickle.dumps(content))
+    with pytest.raises(InputError) as error:
+        mmgen.load_data(tmp_path, log=None)
+    assert message in str(error.value)
+
+
+def npy(shape=(8, 8, 3), dtype="|u1", body=192, fortran=False):
+    """The bytes of a .npy file whose header need not be true."""
+    header = repr({"descr": dtype, "fortran_order": fortran, "shape": shape}).ljust(117) + "\n"
+    return b"\x93NUMPY\1\0" + struct.pack("<H", len(header)) + header.encode() + bytes(body)
+
+
+@pytest.mark.parametrize("content,message", [
+    (b"", "neither"), (b"GIF89a", "neither"), (b"\x93NUMPY", "no readable .npy"), (npy()[:40], "no readable .npy"),
+    (npy(body=191), "bytes after it"), (npy(body=193), "bytes after it"), (npy((10**9, 10**3, 3)), "bytes after it"),
+    (npy((-8, -8, 3)), "no readable .npy"), (npy(dtype="|O"), "no readable .npy"), (npy(dtype="<f4", body=768), "want uint8"),
+    (npy((8, 8)), "no readable"), (npy((8, 24), body=192), "want uint8"), (npy((4, 4, 4, 3)), "the model knows"),
+    (npy((0, 8, 8, 3), body=0), "want uint8"), (npy((16, 4, 3)), "the model knows"),
+    (npy((1, 1, 8, 8, 3)), "want uint8"), (npy(dtype="junk"), "no readable .npy"),
+    (b"P6", "want a PPM header"), (b"P6 8 8 255", "want a PPM header"), (b"P6 8 8 255\n", "found 0 bytes"),
+    (b"P6 8 8 65535\n" + bytes(384), "want a PPM header"), (b"P6 8 8 255\n" + bytes(191), "found 191 bytes"),
+    (b"P6 99999 99999 255\n" + bytes(192), "found 192 bytes"), (b"P6 999999999999 8 255\n", "want a PPM header"),
+    (b"P6 -8 8 255\n" + bytes(192), "want a PPM header"), (b"P6 8 8 255\n" + bytes(192), "the model knows"),
+    (b"P6 0 8 255\n", "the model knows"), (b"P3 1 1 255\n0 0 0\n", "neither"), (b"P5 8 8 255\n" + bytes(64), "neither"),
+])
+def test_bad_images(trained, tmp_path, capsys, content, message):
+    (tmp_path / "x").write_bytes(content)
+    status = mmgen.main(["sample", "--mode", "image", "--run", str(trained), "--image", str(tmp_path / "x"), "--out",
+                         str(tmp_path / "out")])
+    error = capsys.readouterr().err
+    assert status == 2 and error.startswith("mmgen: error: ") and message in error and error.count("\n") == 1, error
+    assert list(tmp_path.iterdir()) == [tmp_path / "x"]
+
+
+@pytest.mark.parametrize("arguments,message", [
+    (["--prompt", "dark red sevn on light blue"], "unknown word 'sevn'"), (["--prompt", ""], "0 words"),
+    (["--prompt", "   "], "0 words"), (["--prompt", " ".join(["red"] * 7)], "has 7 words, not 1 to 6"),
+    (["--prompts", "{tmp}/none"], "No such file"), (["--prompts", "{tmp}"], "directory"),
+    (["--prompts", "{tmp}/empty"], "holds no caption"), (["--prompts", "{tmp}/binary"], "not a text file"),
+    (["-n", "0"], "range"), (["-n", "x"], "invalid int"), (["--seed", "-1"], "range"), (["--image", "{tmp}/x"], "belong to"),
+    (["--temperature", "0"], "temperature"), (["--temperature", "nan"], "temperature"), (["--top-p", "1.1"], "top_p"),
+    (["--top-p", "0"], "top_p"), (["--top-k", "-1"], "top_k"), (["--guidance", "-0.1"], "guidance"),
+    (["--min-p", "2"], "min_p"), (["--threads", "0"], "range"), (["--mode", "sound"], "invalid choice"),
+    (["--run", "{tmp}"], "does not exist"), (["--data", "{tmp}"], "no data"), (["--sideways"], "unrecognized"),
+    (["--device", "quantum"], "quantum"), (["--out", "{tmp}/empty/out"], "empty"),
+])
+def test_bad_sample_arguments(trained, tmp_path, capsys, arguments, message):
+    (tmp_path / "empty").write_text("\n \n")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    arguments = [a.format(tmp=tmp_path) for a in arguments]
+    if "--data" not in arguments and not {"--prompt", "--prompts"} & set(arguments):
+        arguments += ["--prompt", "dark red seven on light blue"]
+    status = mmgen.main(["sample", "--mode", "text", "--run", str(trained), *arguments])
+    error = capsys.readouterr().err
+    assert status == 2 and error.startswith("mmgen: error: ") and message in error and error.count("\n") == 1, error
+
+
+def test_every_flag_of_a_configuration_is_checked(tmp_path, capsys):
+    tried = 0
+    for f in dataclasses.fields(Config):
+        low, high, choices = (f.metadata[k] for k in ("low", "high", "choices"))
+        bad = ["sideways"] if choices or f.name == "orders" else [] if low is None else [low - 1, high * 2 + 1, "x", "nan"]
+        for value in bad:
+            tried += 1
+            flag = f"--{f.name.replace('_', '-')}={value}"
+            assert mmgen.main(["train", "--phase", "multi", flag, "--run", str(tmp_path), "--data", str(tmp_path)]) == 2, flag
+            error = capsys.readouterr().err.splitlines()[-1]
+            assert error.startswith("mmgen: error: ") and (f.name in error or f.name.replace("_", "-") in error), error
+    assert tried > 100 and not list(tmp_path.iterdir())
 
 
 class Evil:
@@ -348,7 +476,7 @@ def test_cached_logits_are_the_uncached_ones(prompt):
     igpt.eval()
     tokens = make_sequences(torch.randint(24, (3, 49)), tokenizer.encode_batch(TEXTS), tokenizer, "text_image")
     with torch.no_grad():
-        whole, located = igpt(tokens), igpt.locate(tokens)
+        whole, located = igpt(tokens), igpt.locate(tokens, igpt.tables()[2])
         cache = KVCache(2, 3, 2, 58, 16)
 
         def piece(a, b):
@@ -768,10 +896,11 @@ def test_resume_gives_the_same_weights(tmp_path, data_dir):
         assert all(torch.equal(a[k], b[k]) for k in a)
 
 
-def test_kill_9_at_any_moment_then_resume(tmp_path, data_dir):
+@pytest.mark.parametrize("regime", ["two-stage", "single", "multi"])
+def test_kill_9_at_any_moment_then_resume(tmp_path, data_dir, regime):
     """Killed again and again, the run ends with the weights of the one that never was."""
-    args = ["train", "--phase", "multi", "--preset", "tiny", "--optimizer", "muon", "--vqvae-steps", "40", "--igpt-steps",
-            "40", "--finetune-steps", "10", "--data", str(data_dir)]
+    args = ["train", "--phase", regime, "--preset", "tiny", "--optimizer", "muon", "--vqvae-steps", "40", "--igpt-steps",
+            "40", "--finetune-steps", "10", "--single-steps", "40", "--data", str(data_dir)]
     assert command(*args, "--run", tmp_path / "whole").returncode == 0
     program = f"import sys; sys.path.insert(0, {str(MMGEN.parent)!r}); import mmgen; mmgen.SAVE_SECONDS = 0.05; " \
               f"sys.exit(mmgen.main({[*args, '--resume', '--run', str(tmp_path / 'cut')]!r}))"
@@ -838,17 +967,77 @@ def test_errors_are_one_line(args, message, trained, data_dir, tmp_path):
     assert lines[-1].startswith("mmgen: error: ") and message in lines[-1] and len(lines) == 1, result.stderr
 
 
-def test_ctrl_c_saves_and_exits_130(tmp_path, data_dir):
+@pytest.mark.parametrize("number,status", [(2, 130), (15, 143)])
+def test_ctrl_c_and_sigterm_save_and_exit(tmp_path, data_dir, number, status):
     process = subprocess.Popen([sys.executable, str(MMGEN), "train", "--phase", "vqvae", "--preset", "tiny",
                                 "--vqvae-steps", "100000", "--data", str(data_dir), "--run", str(tmp_path)],
                                stderr=subprocess.PIPE, text=True)
     state = tmp_path / "checkpoints" / "state.pth"
     while not state.exists() and process.poll() is None:
-        pass
-    process.send_signal(2)
+        time.sleep(0.01)
+    process.send_signal(number)
     _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130 and "--resume" in stderr and "Traceback" not in stderr
+    assert process.returncode == status and "--resume" in stderr and "Traceback" not in stderr
     assert mmgen.load_checkpoint(state, "state")["trainer"]["step"] >= 0
+
+
+def test_same_seed_same_bytes(tmp_path, data_dir):
+    for name in ("a", "b"):
+        result = command("train", "--phase", "multi", "--preset", "tiny", "--vqvae-steps", 20, "--igpt-steps", 20,
+                         "--finetune-steps", 5, "--seed", 7, "--data", data_dir, "--run", tmp_path / name)
+        assert result.returncode == 0, result.stderr
+    files = [p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*") if p.is_file()]
+    files = [p for p in files if p.name not in ("state.pth", "training_curves.csv")]  # these hold times
+    assert len(files) >= 12
+    for path in files:
+        assert (tmp_path / "a" / path).read_bytes() == (tmp_path / "b" / path).read_bytes(), path
+
+
+@pytest.mark.parametrize("in_training,step", [(True, 3), (False, 4)])
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, data_dir, monkeypatch, capsys, in_training, step):
+    args = ["train", "--preset", "tiny", "--data", str(data_dir), "--run", str(tmp_path), "--phase"]
+    assert mmgen.main([*args, "two-stage", "--vqvae-steps", "10", "--igpt-steps", "10"]) == 0
+    good = [(tmp_path / f"checkpoints/{name}_model.pth").read_bytes() for name in ("vqvae", "igpt")]
+    calls, original = [], mmgen.compute_loss
+
+    def loss(*options):
+        calls.append(torch.is_grad_enabled() == in_training)
+        return original(*options) * (float("nan") if sum(calls) == 4 and calls[-1] else 1)
+
+    monkeypatch.setattr(mmgen, "compute_loss", loss)
+    assert mmgen.main([*args, "finetune"]) == 2
+    assert f"mmgen: error: the loss is nan at step {step} of phase finetune" in capsys.readouterr().err
+    assert good == [(tmp_path / f"checkpoints/{name}_model.pth").read_bytes() for name in ("vqvae", "igpt")]
+
+
+def test_a_full_disk_leaves_the_old_files_whole(trained, data_dir, tmp_path):
+    """The limit on a file's size stands for the disk's: a write fails half-way."""
+    shutil.copytree(trained, tmp_path / "run")
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    program = f"import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000)); " \
+              f"sys.path.insert(0, {str(MMGEN.parent)!r}); import mmgen; sys.exit(mmgen.main(sys.argv[1:]))"
+    for args in (["train", "--phase", "multi", "--preset", "tiny", "--overwrite"], ["sample", "--mode", "text"]):
+        result = subprocess.run([sys.executable, "-c", program, *args, "--data", data_dir, "--run", tmp_path / "run"],
+                                capture_output=True, text=True)
+        assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
+        assert result.stderr.splitlines()[-1].startswith("mmgen: error: "), result.stderr
+        after = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file() and p.name != ".lock"}
+        assert after == {p: b for p, b in before.items() if p.name != ".lock"}
+
+
+def test_a_damaged_state_is_refused(tmp_path, data_dir):
+    cfg, data, cpu = tiny_config(vqvae_steps=20), mmgen.load_data(data_dir, log=None), torch.device("cpu")
+    trainer, *_ = mmgen.prepare_vqvae(cfg, data, mmgen.build_vqvae(cfg, (28, 28)), cpu)
+    run = mmgen.Run(tmp_path, "vqvae", cfg, data)
+    run.save(trainer)
+    good = torch.load(run.state_path, weights_only=True)
+    for keys in (["rows"], ["trainer", "step"], ["trainer", "optimizer"], ["trainer", "modules", "vqvae", "codebook.idle"]):
+        state = copy.deepcopy(good)
+        functools.reduce(dict.get, keys[:-1], state).pop(keys[-1])
+        mmgen.save_checkpoint(run.state_path, "state", state)
+        with pytest.raises(InputError, match="damaged"):
+            mmgen.train_run(tmp_path, "vqvae", cfg, data, cpu, resume=True)
+    assert not (tmp_path / "checkpoints" / "vqvae_model.pth").exists()
 
 
 def test_a_finished_run_changes_nothing(trained, data_dir):
@@ -856,6 +1045,95 @@ def test_a_finished_run_changes_nothing(trained, data_dir):
     result = command("train", "--phase", "multi", "--preset", "tiny", "--data", data_dir, "--run", trained, "--resume")
     assert result.returncode == 0 and "finished" in result.stderr
     assert before == {p: p.read_bytes() for p in trained.rglob("*") if p.is_file()}
+
+
+def mutated(good, rng):
+    """Bytes of a file with a few bits flipped, a piece cut out, doubled or overwritten, or the end missing."""
+    data = bytearray(good)
+
+    def somewhere():  # headers and directories stand at the ends, and deserve half of the damage
+        near = min(len(data), 300)
+        return int(rng.choice([rng.integers(len(data)), rng.integers(near), len(data) - 1 - rng.integers(near)],
+                              p=[0.5, 0.25, 0.25]))
+
+    for _ in range(rng.integers(1, 4)):
+        at, length = somewhere(), int(rng.integers(1, 40))
+        match rng.integers(5):
+            case 0:
+                for _ in range(rng.integers(1, 9)):
+                    data[somewhere()] ^= 1 << int(rng.integers(8))
+            case 1:
+                del data[max(1, at) :]
+            case 2 if len(data) > 2 * length:
+                del data[at : at + length]
+            case 3:
+                source = somewhere()
+                data[at:at] = data[source : source + length]
+            case 4:
+                data[at : at + 4] = bytes([int(rng.choice([0, 0x7F, 0xFF]))]) * 4
+    return bytes(data)
+
+
+@pytest.fixture(scope="session")
+def good_files(trained, tmp_path_factory):
+    """Name -> (bytes of a good file, what reads a file of that name)."""
+    folder, pairs = tmp_path_factory.mktemp("good"), drawn(12, 4)
+    images, test = pairs["train_images"], pairs["test_images"]
+    texts = [list(map(str, pairs[f"{part}_captions"])) for part in ("train", "test")]
+    files = {f"mnist/{part}-{kind}": (content, lambda path: mmgen.load_data(path.parent.parent, log=None))
+             for part, n in (("train", 12), ("t10k", 4)) for kind, content in (
+                 ("images-idx3-ubyte", struct.pack(">4I", 0x803, n, 28, 28) + images[:n, ..., 0].tobytes()),
+                 ("labels-idx1-ubyte", struct.pack(">2I", 0x801, n) + bytes(range(n // 2)) * 2))}
+
+    def in_folder(path):
+        return mmgen.load_data(path.parent, log=None)
+
+    for protocol in (0, 2, 5):
+        files[f"{protocol}/colored_mnist_with_text.pkl"] = pickle.dumps((images, test, *texts), protocol), in_folder
+    files["d/colored_mnist_with_text.pkl"] = pickle.dumps(dict(
+        train_images=images / 255, test_images=test / 255, train_texts=np.array(texts[0]), test_texts=texts[1])), in_folder
+    mmgen.write_drawn(folder, 12, 4)
+    files["n/drawn.npz"] = (folder / "drawn.npz").read_bytes(), in_folder
+    np.save(folder / "x.npy", images)
+    files["x.npy"] = (folder / "x.npy").read_bytes(), mmgen.read_pictures
+    files["x.ppm"] = b"P6\n# made by hand\n28 28\n255\n" + images[0].tobytes(), mmgen.read_pictures
+    vqvae = mmgen.load_vqvae(trained / "checkpoints/vqvae_model.pth")
+    for name, reader in (("vqvae_model", mmgen.load_vqvae), ("igpt_model", lambda path: mmgen.load_igpt(path, vqvae)),
+                         ("state", lambda path: mmgen.load_checkpoint(path, "state"))):
+        files[f"c/{name}.pth"] = (trained / f"checkpoints/{name}.pth").read_bytes(), reader
+    return files
+
+
+def test_damaged_files_lead_to_one_clear_error(good_files, tmp_path):
+    """`make fuzz` tries ten thousand: success or InputError, under 5 s and 1 GiB each."""
+    import resource
+    rng, tried, outcomes = np.random.default_rng(int(os.environ.get("FUZZ_SEED", 0))), 0, {}
+    for name, (good, reader) in good_files.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(good)
+        if "mnist" not in name or name == list(good_files)[3]:
+            reader(path)  # as it is, it can be read
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    while tried < int(os.environ.get("FUZZ_CASES", 400)):
+        for name, (good, reader) in good_files.items():
+            path, tried = tmp_path / name, tried + 1
+            path.write_bytes(mutated(good, rng))
+            started = time.monotonic()
+            try:
+                reader(path)
+                outcome = "read"
+            except InputError as error:
+                outcome = "refused"
+                assert str(error) and "\n" not in str(error), (tried, name, error)
+            except BaseException as error:
+                raise AssertionError(f"case {tried}, {name}: {type(error).__name__}: {error}") from error
+            outcomes[name, outcome] = outcomes.get((name, outcome), 0) + 1
+            assert time.monotonic() - started < 5, (tried, name)
+            path.write_bytes(good)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20  # KiB
+    assert all((name, "refused") in outcomes for name in good_files), outcomes
+    print(tried, "cases", outcomes)
 
 
 def test_an_igpt_of_other_codes_is_refused(trained, tmp_path):
