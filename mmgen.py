@@ -1146,7 +1146,8 @@ class iGPT(nn.Module):
 
     def locate(self, tokens, said_table):
         """Tokens (B,T) -> places (B,T), how far the last mark is, after an EOI plus the context
-        length; and said (B,T,d), the sum over the span before that mark. said_table: tables()[2]."""
+        length; and said (B,T,d), the sum over the span before that mark, of rows of said_table, the
+        last of tables()."""
         B, T = tokens.shape
         index = torch.arange(T, device=tokens.device).expand(B, T)
         is_mark = (tokens >= self.vocab_size - 4) & (tokens < self.vocab_size - 1)  # EOT, EOI, BOS
@@ -1783,6 +1784,32 @@ def sample_captions(model, tokenizer, tokens, how, generator=None):
     return _continue_captions(model, tokenizer, prompts, how, generator)
 
 
+def complete_images(model, tokenizer, tokens, n_tokens, how, generator=None):
+    """The first M picture tokens (B,M) -> all of them (B,n_tokens), the rest sampled."""
+    prompts = list(image_prompts(tokenizer, tokens.cpu())[:, :-1])  # the picture goes on: no EOI
+    rest = [generate(model, part, n_tokens - tokens.shape[1], tokenizer.image_span, how, generator)
+            for part in _chunks(prompts)]
+    return torch.cat([tokens, torch.cat(rest).to(tokens.device)], 1)
+
+
+def complete_captions(model, tokenizer, captions, how, generator=None):
+    """Captions of which some are only begun -> whole captions. One after which the model thinks
+    its end most likely is left as it is. Raises InputError as text_encode does."""
+    t, out = tokenizer, list(captions)
+    prompts = [text_prompt(t, c)[:-1] for c in captions]  # BOS EOI and the words
+    short = [i for i, p in enumerate(prompts) if len(p) < t.caption_length + 2]
+    for rows in _chunks(short):
+        part, likeliest = [prompts[i] for i in rows], dataclasses.replace(how, greedy=True)
+        next_word = generate(model, part, 1, t.text_span, likeliest)[:, 0]
+        more = generate(model, part, t.caption_length - 1, t.text_span, how, generator,
+                        stop=t.end_of_text_token)
+        for i, word, row in zip(rows, next_word, more):
+            if word != t.end_of_text_token:
+                words = captions[i].split() + t.text_decode(row).split()
+                out[i] = " ".join(words[: t.caption_length])
+    return out
+
+
 def _continue_captions(model, tokenizer, prompts, how, generator):
     """Prompts that end in EOI -> the captions that follow."""
     stop = tokenizer.end_of_text_token
@@ -1847,12 +1874,12 @@ def generate_unconditional(model, tokenizer, vqvae, n_samples, device, how=None,
 
 @torch.no_grad()
 def span_nll(model, tokenizer, rows, batch_size=250):
-    """Teacher forcing over sequences (M,T): nats and hits on picture and caption targets.
+    """Teacher forcing over sequences (M,T): nats, hits and number of picture and caption targets.
 
-    Returns {'image': (total nats, hits, count), 'text': (...)}. The caption's targets are its words
-    and, where it is short, the EOT that ends it; marks whose place is certain count nowhere.
+    Returns {'image': (3,M), 'text': (3,M)}. The caption's targets are its words and, where it is
+    short, the EOT that ends it; marks whose place is certain count nowhere.
     """
-    device, out = next(model.parameters()).device, {"image": [0, 0, 0], "text": [0, 0, 0]}
+    device, out = next(model.parameters()).device, {"image": [], "text": []}
     for batch in rows.to(device).split(batch_size):
         logits, targets = model(batch[:, :-1]), batch[:, 1:]
         nll = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
@@ -1862,9 +1889,23 @@ def span_nll(model, tokenizer, rows, batch_size=250):
         short = word.sum(1, keepdim=True) < tokenizer.caption_length
         text = word[:, 1:] | (targets == tokenizer.end_of_text_token) & word[:, :-1] & short
         for name, here in (("image", targets < tokenizer.n_embeddings), ("text", text)):
-            for i, value in enumerate((nll[here].sum(), hit[here].sum(), here.sum())):
-                out[name][i] += value.item()
-    return out
+            out[name].append(torch.stack([(x * here).sum(1) for x in (nll, hit, here)]))  # (3,B)
+    return {name: torch.cat(parts, 1) for name, parts in out.items()}
+
+
+def likelihoods(model, tokenizer, tokens, captions):
+    """M pictures' tokens (M,N) and captions -> nats of log p(picture | caption), log p(caption |
+    picture) and log p(pair), each (M,), and numbers of picture and caption targets (M,).
+
+    The pair's probability is the sum over the two orders in which the model may make it, each as
+    likely as the other: half of the training sequences are in either.
+    """
+    ids = tokenizer.encode_batch(captions)
+    drawn, read = (span_nll(model, tokenizer, make_sequences(tokens.cpu(), ids, tokenizer, order))
+                   for order in ("text_image", "image_text"))
+    both = -torch.stack([drawn["image"][0] + drawn["text"][0], read["image"][0] + read["text"][0]])
+    pair = both.logsumexp(0) - math.log(2)
+    return -drawn["image"][0], -read["text"][0], pair, drawn["image"][2], read["text"][2]
 
 
 @torch.no_grad()
@@ -1879,10 +1920,12 @@ def evaluate(vqvae, igpt, tokenizer, images, captions, how, seed=0):
     tokens, text_ids = extract_tokens(vqvae, images), tokenizer.encode_batch(captions)
     drawn, read = (span_nll(igpt, tokenizer, make_sequences(tokens, text_ids, tokenizer, order))
                    for order in ("text_image", "image_text"))
-    for name, (nats, _, n) in (("text_to_image", drawn["image"]), ("image_to_text", read["text"]),
-                               ("image", read["image"]), ("text", drawn["text"])):
+    for name, spans in (("text_to_image", drawn["image"]), ("image_to_text", read["text"]),
+                        ("image", read["image"]), ("text", drawn["text"])):
+        nats, hits, n = spans.double().sum(1).tolist()
         out[f"nll_{name}"] = nats / n
-    out["code_accuracy"] = drawn["image"][1] / drawn["image"][2]
+        if name == "text_to_image":
+            out["code_accuracy"] = hits / n
     greedy = dataclasses.replace(how, greedy=True)
     out["caption_exact"], out["caption_slot_accuracy"] = compare_captions(
         sample_captions(igpt, tokenizer, tokens, greedy), captions)
@@ -2443,7 +2486,8 @@ def train_run(folder, regime, cfg, data, device, resume=False, overwrite=False, 
             run.done.append(phase)
             run.save()
             if phase != "igpt":
-                report_codebook(vqvae, data.vqvae_test, device)
+                report_codebook(vqvae, data.vqvae_test, device,
+                                run.folder / "results" / "reconstructions.ppm")
             log(f"{phase}: {total} steps in {time.monotonic() - started:.0f} s")
             run.stop_if_asked()
     if igpt is None and phases[-1] != "vqvae":  # all that was left to do is to finish
@@ -2477,8 +2521,10 @@ def peak_memory(device):
     return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20:.0f} MiB"
 
 
-def report_codebook(vqvae, images, device):
-    """The end of phase 1: is it good enough to go on? Over the whole test set."""
+@torch.no_grad()
+def report_codebook(vqvae, images, device, path):
+    """The end of phase 1: is it good enough to go on? Over the whole test set; 32 originals, each
+    with its reconstruction at its right, go to a picture at `path`."""
     pictures = make_loader(Pictures(images), 250, shuffle=False)
     m = measure_reconstruction(vqvae.eval(), (x.to(device) for x in pictures))
     log(f"VQ-VAE over {len(images)} test pictures: recon MSE {m['recon_mse']:.4f} (PSNR "
@@ -2486,6 +2532,10 @@ def report_codebook(vqvae, images, device):
         f"{m['codebook_perplexity']:.1f}")
     if m["codebook_used"] < 0.05 or m["codebook_perplexity"] < min(4, vqvae.n_embeddings / 2):
         log("warning: the codebook collapsed: lower --vqvae-lr, raise --beta, or try --ema 0.99")
+    some = images[:32]
+    recon_x = denormalize(vqvae(Pictures(some)[:].to(device))[2])
+    pairs = np.stack([some, recon_x], 1).reshape(-1, *some.shape[1:])  # (2n,H,W,3), alternating
+    atomic_write(path, ppm_bytes(picture_grid(pairs)))
 
 
 # --- Bench: mmgen against plain code and against the machine, timed in turn -----------------------
@@ -2518,7 +2568,8 @@ class PlainBlock(Block):
         """x (B,T,d) -> (B,T,d)."""
         B, T, d = x.shape
         layer = self.attention
-        q, k, v = layer.qkv(self.norm1(x)).view(B, T, 3, layer.n_heads, -1).transpose(1, 3).unbind(2)
+        qkv = layer.qkv(self.norm1(x)).view(B, T, 3, layer.n_heads, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B,heads,T,head_dim) each
         scores = q @ k.mT / math.sqrt(q.shape[-1])  # (B,heads,T,T)
         future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
         weights = F.dropout(scores.masked_fill(future, -math.inf).softmax(-1), self.dropout)
@@ -2581,7 +2632,7 @@ def bench_vqvae():
 
     extract, encoded = timed_in_turn(lambda: extract_tokens(vqvae, images, 128), encode)
     return [("VQ-VAE step, dim 256, batch 128", ours, plain, "(N,K,D) tensor"),
-            ("the same, K 128", ours, 3 * products * product / 2048**3, "its products at full speed"),
+            ("the same step", ours, 3 * products * product / 2048**3, "its products at full speed"),
             ("token extraction", extract, encoded, "encoder's forward pass")]
 
 
@@ -2622,7 +2673,7 @@ def bench_sampling():
     size = (cache.k.untyped_storage().nbytes() + cache.v.untyped_storage().nbytes()) / 2**20
     return [("sampling 64 pictures", *timed_in_turn(cached, uncached), "no cache"),
             ("the last of their tokens", last, first, "the first"),
-            ("their cache", size, 2 * 4 * 64 * 58 * 128 * 4 / 2**20, "layers, B, T, d, bytes", "MiB")]
+            ("their cache", size, 2 * 4 * 64 * 58 * 128 * 4 / 2**20, "as computed", "MiB")]
 
 
 def bench_start():
@@ -2692,7 +2743,7 @@ def build_parser():
     """All subcommands and flags."""
     parser = Parser(prog="mmgen.py", description="A small multimodal model: VQ-VAE and iGPT.")
     commands = parser.add_subparsers(dest="command", required=True,
-                                     metavar="{data,train,sample,eval,bench}")
+                                     metavar="{data,train,sample,score,eval,bench}")
     count, folder = checked(int, 1, 10**7), dict(type=Path, metavar="DIR")
     seed = dict(type=checked(int, 0, 2**31), default=0, help="(default: 0)")
 
@@ -2733,9 +2784,17 @@ def build_parser():
                    help=".npy uint8 (H,W,3) or (N,H,W,3), or a binary PPM")
     p.add_argument("--out", metavar="PREFIX", help="for .ppm, .npy, .txt; PREFIX.png writes a PNG "
                                                    "(default: results/..._samples in --run)")
+    p.add_argument("--complete", type=checked(int, 0, 64), default=0, metavar="ROWS",
+                   help="keep so many rows of a picture's tokens, draw the rest (mode image)")
+    p.add_argument("--best-of", type=checked(int, 1, 1000), default=1, metavar="N",
+                   help="of N samples keep the one that makes its prompt the most likely")
     p.add_argument("--show", action="store_true", help="draw the pictures in the terminal")
     p.add_argument("--seed", **seed)
     add_config_flags(p, SamplingConfig)
+    p = command("score", "log p of pictures and captions under the model")
+    p.add_argument("--prompts", type=Path, metavar="FILE", required=True, help="a caption a line")
+    p.add_argument("--image", type=Path, metavar="FILE", required=True,
+                   help="as many pictures as captions, or one of either")
     p = command("eval", "measure both models over the test split")
     p.add_argument("--seed", **seed)
     add_config_flags(p, SamplingConfig)
@@ -2790,8 +2849,9 @@ def command_train(args):
 
     def finish(vqvae, igpt, tokenizer):
         for mode, name in SAMPLE_NAMES.items() if igpt else ():
-            samples = make_samples(mode, vqvae, igpt, tokenizer, SamplingConfig(), None, None, None,
-                                   lambda: data, cfg.seed)
+            prompts = dict(text=data.test_captions[:9], image=data.test_images[:9]).get(mode)
+            samples = make_samples(mode, vqvae, igpt, tokenizer, SamplingConfig(), prompts,
+                                   9 if prompts is None else 1, cfg.seed)
             log(f"wrote {save_samples(args.run / 'results' / name, *samples)}")
 
     if train_run(args.run, args.phase, cfg, data, device, args.resume, args.overwrite, finish):
@@ -2803,26 +2863,42 @@ SAMPLE_NAMES = dict(text="text_conditioned_samples", image="image_conditioned_sa
                     unconditional="unconditional_samples")
 
 
-def make_samples(mode, vqvae, igpt, tokenizer, how, captions, images, n, test_split, seed):
+def make_samples(mode, vqvae, igpt, tokenizer, how, prompts, n=1, seed=0, complete=0, best_of=1):
     """What `sample` writes: pictures uint8 (M,H,W,3) and M captions.
 
-    captions: prompts of mode 'text'; images uint8 (M,H,W,3): those of mode 'image'; None: the first
-    9 of test_split(). n: samples per prompt or picture (None: 1), or pairs (None: 9).
+    prompts: captions, whole or begun, for mode 'text'; pictures uint8 (M,H,W,3) for 'image'. n:
+    samples per prompt, or pairs. complete: keep so many rows of each picture's tokens and draw the
+    rest. best_of: of so many samples keep the one from which the prompt is the most likely.
     """
     device = next(igpt.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
-    n_tokens, n = math.prod(vqvae.grid), n or (9 if mode == "unconditional" else 1)
-    if mode == "text":
-        captions = [c for c in (captions or test_split().test_captions[:9]) for _ in range(n)]
-        tokens = sample_images(igpt, tokenizer, n_tokens, captions, how, generator)
-    elif mode == "image":
-        images = np.repeat(images if images is not None else test_split().test_images[:9], n, 0)
-        if images.shape[1:3] != tuple(vqvae.size):
-            raise InputError(f"the model knows {vqvae.size} pictures, not {images.shape[1:3]}")
-        tokens = extract_tokens(vqvae, images)
-        return images, sample_captions(igpt, tokenizer, tokens, how, generator)
-    else:
+    n_tokens, (h, w) = math.prod(vqvae.grid), vqvae.grid
+    if mode == "unconditional":
         tokens, captions = sample_pairs(igpt, tokenizer, n_tokens, n, how, generator)
+    elif mode == "text":
+        captions = np.repeat(prompts, n).tolist()
+        captions = complete_captions(igpt, tokenizer, captions, how, generator)
+        captions = np.repeat(captions, best_of).tolist()
+        tokens = sample_images(igpt, tokenizer, n_tokens, captions, how, generator)
+    else:
+        if prompts.shape[1:3] != tuple(vqvae.size):
+            raise InputError(f"the model knows {vqvae.size} pictures, not {prompts.shape[1:3]}")
+        if not 0 <= complete < h:
+            raise InputError(f"--complete {complete}: pictures have {h} rows of tokens")
+        images = np.repeat(prompts, n * best_of, 0)
+        tokens = extract_tokens(vqvae, images)
+        if complete:
+            tokens = complete_images(igpt, tokenizer, tokens[:, : complete * w], n_tokens, how,
+                                     generator)
+        captions = sample_captions(igpt, tokenizer, tokens, how, generator)
+    if best_of > 1 and mode != "unconditional":
+        drawn, read, *_ = likelihoods(igpt, tokenizer, tokens, captions)
+        best = (read if mode == "text" else drawn).view(-1, best_of).argmax(1).cpu()
+        best += best_of * torch.arange(len(best))
+        tokens, captions = tokens[best], [captions[i] for i in best]
+        images = images[best] if mode == "image" else None
+    if mode == "image" and not complete:
+        return images, captions
     with torch.no_grad():
         parts = [denormalize(vqvae.decode_tokens(t.to(device))) for t in tokens.split(250)]
     return np.concatenate(parts), captions
@@ -2847,19 +2923,18 @@ def load_test_split(args, vqvae):
 def command_sample(args):
     """mmgen.py sample"""
     models, how = load_models(args), SamplingConfig(**given(args, SamplingConfig))
-    captions = list(args.prompt or [])
-    if args.prompts:
-        try:
-            captions += filter(str.strip, args.prompts.read_text(encoding="utf-8").splitlines())
-        except UnicodeDecodeError:
-            raise InputError(f"{args.prompts}: not a text file") from None
-        if not captions:
-            raise InputError(f"{args.prompts} holds no caption")
-    if (captions and args.mode != "text") or (args.image and args.mode != "image"):
-        raise InputError("--prompt and --prompts belong to --mode text, --image to --mode image")
-    images = read_pictures(args.image) if args.image else None
-    images, captions = make_samples(args.mode, *models, how, captions, images, args.n,
-                                    lambda: load_test_split(args, models[0]), args.seed)
+    prompts = (args.prompt or []) + (read_captions(args.prompts) if args.prompts else [])
+    if (prompts and args.mode != "text") or (args.image or args.complete) and args.mode != "image":
+        raise InputError("--prompt and --prompts belong to --mode text, --image and --complete to "
+                         "--mode image")
+    if args.image:
+        prompts = read_pictures(args.image)
+    elif not prompts and args.mode != "unconditional":
+        data = load_test_split(args, models[0])
+        prompts = (data.test_captions if args.mode == "text" else data.test_images)[:9]
+    n = args.n or (9 if args.mode == "unconditional" else 1)
+    images, captions = make_samples(args.mode, *models, how, prompts, n, args.seed, args.complete,
+                                    args.best_of)
     default = args.run / "results" / SAMPLE_NAMES[args.mode]
     path = save_samples(args.out or default, images, captions)
     if args.mode == "image":
@@ -2867,6 +2942,35 @@ def command_sample(args):
     if args.show:
         show_in_terminal(images, captions)
     log(f"wrote {path}")
+
+
+def read_captions(path):
+    """A text file -> its lines that are not blank."""
+    try:
+        captions = [c for c in path.read_text(encoding="utf-8").splitlines() if c.strip()]
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: not a text file") from None
+    if not captions:
+        raise InputError(f"{path} holds no caption")
+    return captions
+
+
+def command_score(args):
+    """mmgen.py score"""
+    vqvae, igpt, tokenizer = load_models(args)
+    captions, images = read_captions(args.prompts), read_pictures(args.image)
+    if images.shape[1:3] != tuple(vqvae.size):
+        raise InputError(f"the model knows {vqvae.size} pictures, not {images.shape[1:3]}")
+    if 1 not in (len(images), len(captions)) and len(images) != len(captions):
+        raise InputError(f"{len(captions)} captions for {len(images)} pictures")
+    tokens, M = extract_tokens(vqvae, images), max(len(images), len(captions))
+    tokens, captions = tokens.expand(M, -1), captions * (M // len(captions))
+    drawn, read, pair, n, words = (x.cpu() for x in likelihoods(igpt, tokenizer, tokens, captions))
+    bits = [-x / k / math.log(2) for x, k in ((drawn, n), (read, words), (pair, n + words))]
+    print(f"{'log p, nats: picture|caption':>28}{'caption|picture':>17}{'pair':>9}"
+          "  bits a token: each of these")
+    for row in zip(drawn, read, pair, *bits, captions):
+        print("{:28.2f}{:17.3f}{:9.2f}{:9.3f}{:7.3f}{:7.3f}  {}".format(*row))
 
 
 def command_eval(args):
@@ -2898,8 +3002,8 @@ def main(argv=None):
     """The command line; returns the exit status."""
     try:
         args = build_parser().parse_args(argv)
-        dict(data=command_data, train=command_train, sample=command_sample, eval=command_eval,
-             bench=command_bench)[args.command](args)
+        dict(data=command_data, train=command_train, sample=command_sample, score=command_score,
+             eval=command_eval, bench=command_bench)[args.command](args)
     except (InputError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         text = " ".join(str(error).split()) or type(error).__name__
         print(f"mmgen: error: {text}", file=sys.stderr)

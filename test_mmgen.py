@@ -1,5 +1,6 @@
 """Tests of mmgen.py: `make test`. Everything is tiny; nothing is downloaded."""
 
+import argparse
 import codecs
 import copy
 import csv
@@ -242,7 +243,7 @@ def test_bad_images(trained, tmp_path, capsys, content, message):
     (["--top-p", "0"], "top_p"), (["--top-k", "-1"], "top_k"), (["--guidance", "-0.1"], "guidance"),
     (["--min-p", "2"], "min_p"), (["--threads", "0"], "range"), (["--mode", "sound"], "invalid choice"),
     (["--run", "{tmp}"], "does not exist"), (["--data", "{tmp}"], "no data"), (["--sideways"], "unrecognized"),
-    (["--device", "quantum"], "quantum"), (["--out", "{tmp}/empty/out"], "empty"),
+    (["--complete", "3"], "belong to"), (["--best-of", "0"], "range"), (["--device", "quantum"], "quantum"), (["--out", "{tmp}/empty/out"], "empty"),
 ])
 def test_bad_sample_arguments(trained, tmp_path, capsys, arguments, message):
     (tmp_path / "empty").write_text("\n \n")
@@ -787,7 +788,7 @@ def test_library_snippets_of_the_notes(tmp_path):
 
 def test_a_run_writes_what_it_promises(trained):
     for name in ("checkpoints/vqvae_model.pth", "checkpoints/igpt_model.pth", "results/training_curves.csv",
-                 "results/training_curves.ppm"):
+                 "results/training_curves.ppm", "results/reconstructions.ppm"):
         assert (trained / name).stat().st_size > 0
     header, *rows = (trained / "results/training_curves.csv").read_text().splitlines()
     assert {"phase", "step", "train_loss", "test_loss"} <= set(header.split(","))
@@ -833,6 +834,83 @@ def test_sample_unconditional_shown_as_png(trained, data_dir, tmp_path):
     assert result.stdout.count("▀") >= 5 * 28 * 14
     assert (tmp_path / "u.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     assert np.load(tmp_path / "u.npy").shape == (5, 28, 28, 3)
+
+
+def test_a_begun_caption_is_completed_and_a_whole_one_kept():
+    vqvae, tokenizer, igpt = small_models()
+    done = mmgen.complete_captions(igpt, tokenizer, [TEXTS[0], "plain red", "green"], SamplingConfig(),
+                                   torch.Generator().manual_seed(0))
+    assert done[0] == TEXTS[0] and done[1].startswith("plain red") and done[2].startswith("green")
+    assert all(1 <= len(c.split()) <= 6 for c in done) and len(done[1].split()) > 2
+    generate = mmgen.generate
+    try:  # a model that thinks the end is next leaves the caption alone
+        mmgen.generate = lambda model, prompts, n_new, *rest, **options: torch.full(
+            (len(prompts), n_new), tokenizer.end_of_text_token)
+        assert mmgen.complete_captions(igpt, tokenizer, ["plain red"], SamplingConfig()) == ["plain red"]
+    finally:
+        mmgen.generate = generate
+    with pytest.raises(InputError, match="unknown word"):
+        mmgen.complete_captions(igpt, tokenizer, ["plain rad"], SamplingConfig())
+
+
+def test_completion_keeps_the_first_rows(trained, data_dir, tmp_path):
+    images = mmgen.load_data(data_dir, log=None).test_images[:3]
+    np.save(tmp_path / "x.npy", images)
+    result = command("sample", "--mode", "image", "--complete", 3, "--run", trained, "--image", tmp_path / "x.npy", "-n", 2,
+                     "--out", tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    out = np.load(tmp_path / "out.npy")
+    assert out.shape == (6, 28, 28, 3) and len((tmp_path / "out.txt").read_text().splitlines()) == 6
+    vqvae = mmgen.load_vqvae(trained / "checkpoints/vqvae_model.pth")
+    kept = mmgen.extract_tokens(vqvae, images)[:, :21]
+    igpt, tokenizer = mmgen.load_igpt(trained / "checkpoints/igpt_model.pth", vqvae)
+    whole = mmgen.complete_images(igpt, tokenizer, kept, 49, SamplingConfig())
+    assert whole.shape == (3, 49) and (whole[:, :21] == kept).all() and whole.max() < vqvae.n_embeddings
+    result = command("sample", "--mode", "image", "--complete", 7, "--run", trained, "--image", tmp_path / "x.npy")
+    assert result.returncode == 2 and "7 rows" in result.stderr
+
+
+def test_likelihoods_are_those_of_the_next_token_predictions():
+    vqvae, tokenizer, igpt = small_models()
+    igpt.eval()
+    tokens, texts = torch.randint(24, (3, 49)), [TEXTS[0], TEXTS[1], "red one"]
+    drawn, read, pair, n, words = mmgen.likelihoods(igpt, tokenizer, tokens, texts)
+    assert n.tolist() == [49] * 3 and words.tolist() == [6, 6, 3]  # a short caption's end counts
+    with torch.no_grad():
+        for i, text in enumerate(texts):
+            ids = tokenizer.text_encode(text)
+            prompt = mmgen.text_prompt(tokenizer, text)
+            row = torch.cat([prompt, tokens[i]])
+            log_p = igpt(row[None, :-1]).log_softmax(-1)[0, len(prompt) - 1 :]
+            assert torch.allclose(log_p.gather(1, tokens[i][:, None]).sum(), drawn[i], atol=1e-3)
+            prompt = mmgen.image_prompts(tokenizer, tokens[i : i + 1])[0]
+            ids = ids if len(ids) == 6 else torch.cat([ids, torch.tensor([tokenizer.end_of_text_token])])
+            row = torch.cat([prompt, ids])
+            log_p = igpt(row[None, :-1]).log_softmax(-1)[0, len(prompt) - 1 :]
+            assert torch.allclose(log_p.gather(1, ids[:, None]).sum(), read[i], atol=1e-3)
+    assert (pair < drawn).all() and (pair < read).all()
+
+
+def test_score_and_best_of(trained, data_dir, tmp_path):
+    data = mmgen.load_data(data_dir, log=None)
+    np.save(tmp_path / "x.npy", data.test_images[:2])
+    (tmp_path / "p.txt").write_text("\n".join(data.test_captions[:2]))
+    result = command("score", "--run", trained, "--image", tmp_path / "x.npy", "--prompts", tmp_path / "p.txt")
+    assert result.returncode == 0, result.stderr
+    header, *rows = result.stdout.splitlines()
+    assert len(rows) == 2 and all(row.endswith(text) for row, text in zip(rows, data.test_captions))
+    nats, bits = float(rows[0].split()[0]), float(rows[0].split()[3])
+    assert nats < 0 and bits == pytest.approx(-nats / 49 / np.log(2), abs=1e-3)
+    models = mmgen.load_models(argparse.Namespace(run=trained, device="cpu", threads=None))
+    captions, means = data.test_captions[:4], []
+    for best_of in (1, 8):
+        images, texts = mmgen.make_samples("text", *models, SamplingConfig(), captions, best_of=best_of)
+        assert images.shape == (4, 28, 28, 3) and texts == captions
+        tokens = mmgen.extract_tokens(models[0], images)
+        means.append(mmgen.likelihoods(*models[1:], tokens, texts)[1].mean())
+    assert means[1] > means[0]
+    images, texts = mmgen.make_samples("image", *models, SamplingConfig(), data.test_images[:4], 2, best_of=3)
+    assert (images == np.repeat(data.test_images[:4], 2, 0)).all() and len(texts) == 8
 
 
 def test_eval_json(trained, data_dir):
