@@ -74,13 +74,27 @@ except ImportError:
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 
 class InputError(ValueError):
     """What was given cannot be used. main() prints it as one line and exits with status 2."""
+
+
+def processes():
+    """(number of this process, how many train together): (0, 1) unless torchrun started us."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def summed(tensor):
+    """A tensor -> its sum over all processes that train together."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
 
 
 # --- Config: every hyperparameter, its default, its range and its reason, in one place ------------
@@ -423,6 +437,9 @@ def colorize(ink, labels, rng):
     return images, np.array(captions)
 
 
+N_DRAWN = 20_000, 2_000  # pairs for training and for the test that are drawn unless asked otherwise
+
+
 def make_drawn(n_train, n_test, size, seed):
     """The embedded set, digits drawn from pen strokes -> the four arrays of drawn.npz:
     train_images, test_images uint8 (N,size,size,3), train_captions, test_captions (N,) unicode.
@@ -715,7 +732,11 @@ class BatchOrder(Sampler):
                 generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
                 order = torch.randperm(self.n_rows, generator=generator)
                 order, known = order if self.shuffle else torch.arange(self.n_rows), epoch
-            yield order[batch * self.batch_size : (batch + 1) * self.batch_size]
+            rows = order[batch * self.batch_size : (batch + 1) * self.batch_size]
+            # Several processes share a batch in equal parts; what is lacking is taken twice
+            rank, world = processes() if self.shuffle else (0, 1)
+            share = -(-len(rows) // world)
+            yield rows.repeat(world)[rank * share : (rank + 1) * share]
         self.epoch, self.skip = self.epoch + 1, 0  # for loops that never call set_epoch
 
 
@@ -846,11 +867,12 @@ class VectorQuantizer(nn.Module):
     @torch.no_grad()
     def _track(self, flat, tokens):
         """In EMA mode move the codes (appendix A of the paper); restart the dead."""
-        count = torch.bincount(tokens, minlength=self.K).float()  # (K,)
+        count = summed(torch.bincount(tokens, minlength=self.K).float())  # (K,)
         self.idle.add_(1).masked_fill_(count > 0, 0)
         if self.ema:
+            total = summed(torch.zeros_like(self.ema_sum).index_add_(0, tokens, flat))  # (K,D)
             self.ema_count.lerp_(count, 1 - self.ema)
-            self.ema_sum.mul_(self.ema).index_add_(0, tokens, flat, alpha=1 - self.ema)
+            self.ema_sum.lerp_(total, 1 - self.ema)
             live = self.ema_count > 1e-3  # an unused code keeps its place: its mean is 0/0 by now
             self.weight[live] = (self.ema_sum / self.ema_count[:, None])[live]
         dead = self.idle > self.restart
@@ -860,8 +882,15 @@ class VectorQuantizer(nn.Module):
     @torch.no_grad()
     def _replace(self, which, flat):
         """Put the codes of a mask (K,) onto random features, a bit off, so that none coincide."""
+        if dist.is_initialized():
+            parts = [torch.empty_like(flat) for _ in range(processes()[1])]
+            dist.all_gather(parts, flat.contiguous())
+            flat = torch.cat(parts)  # the features of the whole batch
         rows = flat[torch.randint(len(flat), (int(which.sum()),), device=flat.device)]
-        self.weight[which] = self.ema_sum[which] = rows + 0.01 * flat.std() * torch.randn_like(rows)
+        rows = rows + 0.01 * flat.std() * torch.randn_like(rows)
+        if dist.is_initialized():
+            dist.broadcast(rows, 0)  # all processes restart a code at the same place
+        self.weight[which] = self.ema_sum[which] = rows
         self.ema_count[which], self.idle[which] = 1.0, 0.0
 
 
@@ -1393,7 +1422,8 @@ class Trainer:
     one saw. bf16: matrix products in bfloat16. on_step(trainer) and on_epoch(trainer, row), which
     may be replaced, are called before each step and after each pass of the loader.
 
-    Subclasses say what the loss of a batch is and what to measure on the test loader.
+    Subclasses say what the loss of a batch is and what to measure on the test loader. Under
+    torchrun the processes share each batch, and DistributedDataParallel averages the gradients.
     """
 
     phase = "train"
@@ -1404,6 +1434,10 @@ class Trainer:
         self.on_step, self.on_epoch = lambda trainer: None, lambda trainer, row: None
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.step, self.last_loss, self.sums = 0, math.nan, {}  # sums: of this pass's losses
+        self.shared_loss = self.loss
+        if dist.is_initialized():
+            self.shared_loss = DistributedDataParallel(
+                LossModule(self), broadcast_buffers=False, find_unused_parameters=True)
         self.train_losses, self.test_losses = [], []
 
     def loss(self, batch):
@@ -1437,7 +1471,7 @@ class Trainer:
         if self.seed is not None:
             torch.manual_seed(zlib.crc32(f"{self.seed} {self.phase} {self.step}".encode()))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            loss, parts = self.loss(to_device(batch, self.device))
+            loss, parts = self.shared_loss(to_device(batch, self.device))
         self.last_loss = self.finite(loss.item())
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -1491,6 +1525,14 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.scheduler:
             self.scheduler.load_state_dict(state["scheduler"])
+
+
+class LossModule(nn.Module):
+    """A trainer's loss as the forward pass that DistributedDataParallel wants to wrap."""
+
+    def __init__(self, trainer):
+        super().__init__()
+        self.parts, self.forward = nn.ModuleDict(trainer.modules), trainer.loss
 
 
 class TrainingError(InputError):
@@ -1655,7 +1697,8 @@ class JointTrainer(Trainer):
         nll = -log_p.gather(2, targets[..., None])[..., 0]  # (B,T-1)
         flat = z_e.float().movedim(1, -1).flatten(0, 2)  # (B*N,D), in the order of the tokens
         distance = self.vqvae.codebook.distances(flat)  # (B*N,K)
-        scale = self.tau * distance.detach().amin(1).mean().clamp(min=1e-6)
+        error = summed(distance.detach().amin(1).mean()) / processes()[1]
+        scale = self.tau * error.clamp(min=1e-6)
         soft = F.softmax(-distance / scale, dim=1)
         is_code = targets < self.vqvae.n_embeddings  # (B,T-1), N a row
         log_p = log_p[is_code][:, : self.vqvae.n_embeddings]  # (B*N,K)
@@ -1957,6 +2000,8 @@ def atomic_write(path, data):
     """Write bytes beside their place, flush to disk, rename: one sees the old file or the new."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    if processes()[0]:
+        return  # the first process writes for all
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(beside, "wb") as file:
@@ -2154,7 +2199,8 @@ SAVE_SECONDS = 15  # how often the state for --resume is written: what a kill co
 
 def log(text):
     """A line for the user on stderr; stdout is for results."""
-    print(text, file=sys.stderr, flush=True)
+    if processes()[0] == 0:
+        print(text, file=sys.stderr, flush=True)
 
 
 class Run:
@@ -2168,7 +2214,7 @@ class Run:
         parts = "\n".join(data.train_captions).encode(), data.train_images, data.vqvae_train
         self.data_hash = functools.reduce(lambda crc, part: zlib.crc32(part, crc), parts, 0)
         self.done, self.rows, self.trainer_state = [], [], None
-        self.signal, self.live = None, sys.stderr.isatty()
+        self.signal, self.live = 0, sys.stderr.isatty() and processes()[0] == 0
 
     @property
     def state_path(self):
@@ -2247,6 +2293,10 @@ class Run:
 
     def on_step(self, trainer):
         """Signals, state, progress."""
+        if dist.is_initialized():  # all processes stop after the same step
+            signal_anywhere = torch.tensor(self.signal, device=trainer.device)
+            dist.all_reduce(signal_anywhere, dist.ReduceOp.MAX)
+            self.signal = int(signal_anywhere)
         if self.signal:
             self.save(trainer)
             self.stop_if_asked()
@@ -2287,7 +2337,7 @@ class Run:
         path = self.folder / "checkpoints" / ".lock"
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "w") as file:
-            if fcntl:
+            if fcntl and processes()[0] == 0:
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except OSError:
@@ -2313,25 +2363,48 @@ class Run:
                 signal.signal(number, previous)
 
 
-def draw_curves(rows, height=240, width=720):
-    """Training (grey) and test loss (red) of each phase side by side, each on its own scale, marked
-    at quarters -> uint8 (height,width,3)."""
-    canvas = np.full((height, width, 3), 255, np.uint8)
+# A glyph is five rows of three pixels, an octal digit each: 7 is all three, 4 the left one
+FONT = dict(zip("0123456789.-aefgilnopqrstuv", (
+    "75557 26227 71747 71717 55711 74717 74757 71111 75757 75717 00002 00700 25755 74647 74644 "
+    "74557 72227 44447 65555 75557 75744 75571 65655 34216 72222 55557 55552").split()))
+
+
+def write_text(canvas, x, y, text, color=(0, 0, 0), scale=2):
+    """Write on a picture uint8 (H,W,3), with the upper left corner at (x, y)."""
+    for letter in text:
+        rows = [[int(row) >> shift & 1 for shift in (2, 1, 0)] for row in FONT.get(letter, "00000")]
+        ink = np.array(rows, bool).repeat(scale, 0).repeat(scale, 1)
+        canvas[y : y + 5 * scale, x : x + 3 * scale][ink] = color
+        x += 4 * scale
+
+
+def draw_curves(rows, height=300, panel=360):
+    """Training (grey) and test loss (red), a panel a phase, each on its own scale, with its
+    smallest and largest loss and its last step at the axes -> uint8 (height,width,3)."""
     phases = list(dict.fromkeys(r["phase"] for r in rows))
-    panel = width // len(phases)
+    canvas = np.full((height, panel * len(phases), 3), 255, np.uint8)
     for i, phase in enumerate(phases):
-        losses = np.array([[r["train_loss"], r["test_loss"]] for r in rows if r["phase"] == phase])
-        losses = np.repeat(losses, 2, 0)[: max(2, len(losses))] if len(losses) < 2 else losses
-        left, right, top, bottom = i * panel + 12, (i + 1) * panel - 12, 12, height - 12
+        here = [r for r in rows if r["phase"] == phase]
+        losses = np.array([[r["train_loss"], r["test_loss"]] for r in here]).T  # (2,passes)
+        left, right, top, bottom = i * panel + 60, (i + 1) * panel - 16, 30, height - 24
         canvas[np.linspace(top, bottom, 5).astype(int), left:right] = 225
         canvas[top:bottom, left] = canvas[bottom, left:right] = 0
         low, high = losses.min(), losses.max()
+        for value, y in ((high, top), (low, bottom - 10)):
+            write_text(canvas, left - 56, y, f"{value:.4f}"[:6])
+        last = str(here[-1]["step"])
+        write_text(canvas, left, bottom + 8, "0")
+        write_text(canvas, right - 8 * len(last), bottom + 8, last)
+        write_text(canvas, left, 8, phase)
         xs = np.arange(left + 1, right)
-        for curve, color in zip(losses.T, ((150, 150, 150), (200, 40, 40))):
-            ys = np.interp(np.linspace(0, len(curve) - 1, len(xs)), np.arange(len(curve)), curve)
+        ends = np.array([r["step"] for r in here]) / here[-1]["step"]  # of each pass, in the panel
+        for curve, name, color, at in zip(losses, ("train", "test"), ((140,) * 3, (200, 40, 40)),
+                                          (right - 84, right - 36)):
+            write_text(canvas, at, 8, name, color)
+            ys = np.interp(np.linspace(0, 1, len(xs)), ends, curve)
             ys = (bottom - 2 - (ys - low) / max(high - low, 1e-9) * (bottom - top - 4)).astype(int)
-            for x, y, last in zip(xs, ys, np.concatenate([ys[:1], ys])):
-                canvas[min(y, last) : max(y, last) + 2, x] = color  # a steep piece is a tall one
+            for x, y, before in zip(xs, ys, np.concatenate([ys[:1], ys])):
+                canvas[min(y, before) : max(y, before) + 2, x] = color  # a steep piece is tall
     return canvas
 
 
@@ -2447,6 +2520,8 @@ def train_run(folder, regime, cfg, data, device, resume=False, overwrite=False, 
     run = Run(folder, regime, cfg, data)
     if not run.begin(resume, overwrite):
         return None
+    if dist.is_initialized():
+        dist.barrier()  # all have read the state before the first process writes a new one
     torch.manual_seed(cfg.seed)
     vqvae_path, igpt_path = files / "vqvae_model.pth", files / "igpt_model.pth"
     size, igpt, tokenizer = tuple(data.train_images.shape[1:3]), None, None
@@ -2757,9 +2832,13 @@ def build_parser():
             p.add_argument("--device", default="auto", help="cpu, cuda ... (default: cuda if any)")
         return p
 
-    p = command("data", "draw the embedded data set: drawn.npz", run=False)
-    for name, n, text in (("--train", 20_000, "training pairs"), ("--test", 2_000, "test pairs")):
-        p.add_argument(name, type=count, default=n, metavar="N", help=f"{text} (default: {n})")
+    p = command("data", "make a data set, drawn.npz", run=False)
+    for name, n in zip(("--train", "--test"), N_DRAWN):
+        p.add_argument(name, type=count, metavar="N",
+                       help=f"pairs (default: {n} drawn, or all there are of MNIST)")
+    p.add_argument("--source", choices=("drawn", "mnist"), default="drawn",
+                   help="draw the digits (default), or colour and caption raw MNIST")
+    p.add_argument("--mnist", help="the four IDX files, gzipped or not", **folder)
     p.add_argument("--size", type=checked(int, 16, 256), default=28, metavar="PIXELS",
                    help="height and width, divisible by 4 (default: 28)")
     p.add_argument("--seed", **seed)
@@ -2810,6 +2889,8 @@ def pick_device(args):
         torch.set_num_threads(args.threads)
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # torchrun: a GPU for each process
     try:
         torch.empty(1, device=name)
         return torch.device(name)
@@ -2817,24 +2898,33 @@ def pick_device(args):
         raise InputError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
 
 
-def write_drawn(folder, n_train=20_000, n_test=2_000, size=28, seed=0):
-    """Draw the embedded set into folder/drawn.npz."""
-    if size % 4:
-        raise InputError(f"--size {size}: must be divisible by 4")
-    started, buffer, path = time.monotonic(), io.BytesIO(), folder / "drawn.npz"
-    np.savez_compressed(buffer, **make_drawn(n_train, n_test, size, seed))
+def write_pairs(folder, arrays):
+    """The four arrays of a data set -> folder/drawn.npz."""
+    buffer, path = io.BytesIO(), folder / "drawn.npz"
+    np.savez_compressed(buffer, **arrays)
     atomic_write(path, buffer.getvalue())
-    log(f"drew {n_train + n_test} pictures into {path} in {time.monotonic() - started:.0f} s")
+    log(f"wrote {sum(len(a) for n, a in arrays.items() if 'images' in n)} pairs to {path}")
 
 
 def command_data(args):
     """mmgen.py data"""
-    write_drawn(args.data, args.train, args.test, args.size, args.seed)
+    if args.size % 4:
+        raise InputError(f"--size {args.size}: must be divisible by 4")
+    if (args.source == "mnist") != (args.mnist is not None):
+        raise InputError("--source mnist and --mnist DIR belong together")
+    if args.source == "drawn":
+        arrays = make_drawn(args.train or N_DRAWN[0], args.test or N_DRAWN[1], args.size, args.seed)
+    else:
+        arrays = load_mnist(args.mnist, args.seed)
+        arrays = {name: a[: getattr(args, name.split("_")[0])] for name, a in arrays.items()}
+    write_pairs(args.data, arrays)
 
 
 def command_train(args):
     """mmgen.py train"""
     device, preset = pick_device(args), args.preset
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if preset == "auto":
         preset = "full" if device.type != "cpu" else "laptop"
         log(f"preset {preset} (device {device.type})")
@@ -2844,7 +2934,9 @@ def command_train(args):
     cfg = Config(**{**PRESETS[preset], **lengths, **flags})
     if not any((args.data / name).exists() for name in SOURCES):
         log(f"no data in {args.data}: drawing the embedded set")
-        write_drawn(args.data)
+        write_pairs(args.data, make_drawn(*N_DRAWN, 28, 0))
+    if dist.is_initialized():
+        dist.barrier()  # the first process has written the data
     data, started = load_data(args.data, cfg.value_range, log), time.monotonic()
 
     def finish(vqvae, igpt, tokenizer):
@@ -3010,6 +3102,9 @@ def main(argv=None):
         return 2
     except KeyboardInterrupt:
         return 130
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
     return 0
 
 

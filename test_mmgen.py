@@ -46,7 +46,7 @@ def as_pairs(arrays):
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
-    mmgen.write_drawn(folder, 96, 16)
+    mmgen.write_pairs(folder, drawn(96, 16))
     return folder
 
 
@@ -79,14 +79,14 @@ def small_models(seed=0, attention=False):
 
 def test_drawn_set_has_the_promised_arrays_and_is_deterministic(tmp_path):
     for name in ("a", "b"):
-        mmgen.write_drawn(tmp_path / name, 20, 10, 32, seed=5)
+        mmgen.write_pairs(tmp_path / name, drawn(20, 10, 32, seed=5))
     a, b = ((tmp_path / n / "drawn.npz").read_bytes() for n in "ab")
     assert a == b
     with np.load(tmp_path / "a" / "drawn.npz") as file:
         assert file["train_images"].shape == (20, 32, 32, 3) and file["train_images"].dtype == np.uint8
         assert file["test_captions"].shape == (10,) and file["test_captions"].dtype.kind == "U"
         assert all(len(c.split()) == 6 for c in file["train_captions"])
-    mmgen.write_drawn(tmp_path / "c", 20, 10, 32, seed=6)
+    mmgen.write_pairs(tmp_path / "c", drawn(20, 10, 32, seed=6))
     assert (tmp_path / "c" / "drawn.npz").read_bytes() != a
 
 
@@ -931,7 +931,7 @@ def test_a_32_pixel_run(tmp_path):
 
 
 def test_data_is_drawn_when_there_is_none(tmp_path, monkeypatch):
-    monkeypatch.setattr(mmgen, "write_drawn", lambda folder: mmgen.atomic_write(folder / "drawn.npz", SMALL_DRAWN))
+    monkeypatch.setattr(mmgen, "N_DRAWN", (32, 8))
     status = mmgen.main(["train", "--phase", "vqvae", "--preset", "tiny", "--vqvae-steps", "2", "--data",
                          str(tmp_path / "d"), "--run", str(tmp_path)])
     assert status == 0 and (tmp_path / "checkpoints/vqvae_model.pth").exists()
@@ -1170,7 +1170,7 @@ def good_files(trained, tmp_path_factory):
         files[f"{protocol}/colored_mnist_with_text.pkl"] = pickle.dumps((images, test, *texts), protocol), in_folder
     files["d/colored_mnist_with_text.pkl"] = pickle.dumps(dict(
         train_images=images / 255, test_images=test / 255, train_texts=np.array(texts[0]), test_texts=texts[1])), in_folder
-    mmgen.write_drawn(folder, 12, 4)
+    mmgen.write_pairs(folder, pairs)
     files["n/drawn.npz"] = (folder / "drawn.npz").read_bytes(), in_folder
     np.save(folder / "x.npy", images)
     files["x.npy"] = (folder / "x.npy").read_bytes(), mmgen.read_pictures
@@ -1214,6 +1214,53 @@ def test_damaged_files_lead_to_one_clear_error(good_files, tmp_path):
     print(tried, "cases", outcomes)
 
 
+def torchrun(*args):
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--",
+                           *map(str, args)], text=True, capture_output=True, timeout=240,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+@pytest.mark.parametrize("regime", ["multi", "single"])
+def test_two_processes_train_as_one(tmp_path, data_dir, regime):
+    args = ["train", "--phase", regime, "--preset", "tiny", "--single-steps", 60, "--dropout", 0, "--ema", 0.9, "--delay", 2,
+            "--restart", 20, "--data", data_dir]
+    assert command(*args, "--run", tmp_path / "one").returncode == 0
+    result = torchrun(MMGEN, *args, "--run", tmp_path / "two")
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("peak memory") == 1  # the first process speaks for all
+    ends = []
+    for name in ("one", "two"):
+        rows = list(csv.DictReader((tmp_path / name / "results/training_curves.csv").open()))
+        ends.append({row["phase"]: float(row["test_loss"]) for row in rows})
+    assert ends[1] == pytest.approx(ends[0], rel=0.01)
+    assert len(list((tmp_path / "two/results").iterdir())) == 12
+
+
+def test_processes_agree_on_codes_that_move_and_restart(tmp_path):
+    (tmp_path / "program.py").write_text(f"""
+import sys; sys.path.insert(0, {str(MMGEN.parent)!r})
+import mmgen, torch, torch.distributed as dist
+dist.init_process_group("gloo")
+torch.manual_seed(0)
+codes = mmgen.VectorQuantizer(16, 4, ema=0.9, delay=2, restart=3)
+torch.manual_seed(dist.get_rank())
+for _ in range(12):
+    codes(torch.randn(2, 4, 3, 3) + 5 * dist.get_rank())
+dist.destroy_process_group()
+print("codes", mmgen.fingerprint(codes.weight), int((codes.weight.mean(1) > 2.5).sum()), flush=True)
+""")
+    result = torchrun(tmp_path / "program.py")
+    assert result.returncode == 0, result.stderr
+    lines = re.findall("codes .*", result.stdout)
+    assert len(lines) == 2 and lines[0] == lines[1]
+    assert 0 < int(lines[0].split()[2]) < 16  # the features of both processes attract codes
+
+
+def test_a_failing_process_ends_all_with_its_reason(tmp_path, data_dir):
+    result = torchrun(MMGEN, "train", "--phase", "igpt", "--preset", "tiny", "--data", data_dir, "--run", tmp_path)
+    assert result.returncode != 0 and "mmgen: error:" in result.stderr and "does not exist" in result.stderr
+
+
 def test_an_igpt_of_other_codes_is_refused(trained, tmp_path):
     vqvae = mmgen.load_vqvae(trained / "checkpoints" / "vqvae_model.pth")
     with torch.no_grad():
@@ -1233,16 +1280,3 @@ def test_importing_does_nothing():
               "import mmgen; assert (before == torch.get_rng_state()).all()"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert result.returncode == 0 and result.stdout == "" and result.stderr == ""
-
-
-SMALL_DRAWN = b""
-
-
-def _small_drawn():
-    import io
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **drawn(32, 8))
-    return buffer.getvalue()
-
-
-SMALL_DRAWN = _small_drawn()
