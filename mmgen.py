@@ -842,11 +842,18 @@ class VectorQuantizer(nn.Module):
 
     @torch.autocast("cpu", enabled=False)  # in bfloat16 the nearest code would be a matter of luck
     @torch.autocast("cuda", enabled=False)
+    def compare(self, flat):
+        """Features (M,D) -> (M,K): |e|^2 - 2 z.e, which is |z-e|^2 but for the |z|^2 that all codes
+        share. One matrix product; no (M,K,D) tensor."""
+        return torch.addmm(self.weight.square().sum(1), flat.float(), self.weight.t(), alpha=-2)
+
+    def nearest(self, flat):
+        """Features (M,D) -> the nearest codes, int64 (M,)."""
+        return self.compare(flat).argmin(1)
+
     def distances(self, flat):
-        """Features (M,D) -> squared distances (M,K), |e|^2 - 2 z.e + |z|^2: no (M,K,D) tensor."""
-        flat = flat.float()
-        scores = torch.addmm(self.weight.square().sum(1), flat, self.weight.t(), alpha=-2)  # (M,K)
-        return scores.add_(flat.square().sum(1, keepdim=True))
+        """Features (M,D) -> squared distances (M,K)."""
+        return self.compare(flat) + flat.float().square().sum(1, keepdim=True)
 
     def forward(self, z_e):
         """z_e (B,D,h,w) -> z_q (B,D,h,w), with gradient to the codebook; tokens int64 (B,h,w)."""
@@ -855,10 +862,10 @@ class VectorQuantizer(nn.Module):
         if self.training:
             self.batches += 1
             if self.batches <= self.delay:
-                return z_e.detach(), self.distances(flat).argmin(1).view(B, h, w)
+                return z_e.detach(), self.nearest(flat).view(B, h, w)
             if self.batches == self.delay + 1:
                 self._replace(torch.ones_like(self.idle, dtype=torch.bool), flat)
-        tokens = self.distances(flat).argmin(1)  # (B*h*w,)
+        tokens = self.nearest(flat)  # (B*h*w,)
         if self.training:
             self._track(flat, tokens)
         z_q = F.embedding(tokens, self.weight).view(B, h, w, D).movedim(-1, 1)  # (B,D,h,w)
@@ -945,16 +952,22 @@ class SelfAttention(nn.Module):
 
 
 def attend(q, k, v, causal, mask=None):
-    """softmax(q k^T / sqrt(head_dim)) v. q, k, v (B,heads,T,head_dim); mask as in SelfAttention."""
-    if q.dtype != torch.bfloat16 or q.device.type != "cpu" or mask is not None:
-        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal and mask is None)
-    # sdpa's backward in bfloat16 takes five times as long on a CPU as these three plain operations
+    """softmax(q k^T / sqrt(head_dim)) v. q (B,heads,T,head_dim), k and v (B,heads,columns,head_dim)
+    -> like q; mask as in SelfAttention."""
     B, heads, T, head_dim = q.shape
-    # Added to the scores: -inf above the diagonal, where a query would look into the future
-    hide = torch.full((T, T), -math.inf, dtype=q.dtype).triu(1) if causal else q.new_zeros(T, T)
-    q, k, v = (t.reshape(B * heads, T, head_dim) for t in (q, k, v))
-    scores = torch.baddbmm(hide, q, k.mT, alpha=head_dim**-0.5)  # (B*heads,T,T)
-    return (scores.softmax(-1) @ v).view(B, heads, T, head_dim)
+    if q.device.type != "cpu" or T > 1 and q.dtype != torch.bfloat16:
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal and mask is None)
+    # Where the kernel of PyTorch for CPUs is slow, plain products: five times as fast backward in
+    # bfloat16, and half as fast again for a single query, as in every step of sampling
+    if mask is None:
+        mask = torch.ones(T, k.shape[2], dtype=torch.bool)
+        mask = mask.tril() if causal and T > 1 else mask
+    hide = torch.zeros(1, dtype=q.dtype).masked_fill(~mask, -math.inf)  # added to the scores
+    if hide.dim() == 4 and len(hide) > 1:  # (B,1,T,columns) -> (B*heads,T,columns)
+        hide = hide.expand(B, heads, -1, -1).flatten(0, 1)
+    scores = torch.baddbmm(hide.view(-1, *hide.shape[-2:]), q.flatten(0, 1), k.flatten(0, 1).mT,
+                           alpha=head_dim**-0.5)  # (B*heads,T,columns)
+    return (scores.softmax(-1) @ v.flatten(0, 1)).view(B, heads, T, head_dim)
 
 
 class GridAttention(nn.Module):
@@ -1035,7 +1048,7 @@ class VQVAE(nn.Module):
     def get_tokens(self, x):
         """Pictures (B,3,H,W) in [-1,1] -> tokens int64 (B,h,w). Tracks nothing, in training too."""
         z_e = self.encoder(x).movedim(1, -1)  # (B,h,w,D)
-        return self.codebook.distances(z_e.flatten(0, 2)).argmin(1).view(z_e.shape[:3])
+        return self.codebook.nearest(z_e.flatten(0, 2)).view(z_e.shape[:3])
 
     def decode_tokens(self, tokens):
         """Tokens (B,h,w) or flat (B,h*w) -> pictures (B,3,H,W). Raises InputError for non-codes."""
@@ -1098,7 +1111,7 @@ def dropout(x, p):
     drop = round(256 * p)
     words = torch.empty(-(-x.numel() // 8), dtype=torch.int64, device=x.device)
     keep = words.random_(-(2**63), None).view(torch.uint8)[: x.numel()].view(x.shape) >= drop
-    return x * keep * (256 / (256 - drop))
+    return x * keep.to(x.dtype).mul_(256 / (256 - drop))  # x * keep would convert keep twice
 
 
 class Block(nn.Module):
@@ -1755,7 +1768,12 @@ def sample_token(logits, how, generator=None):
     if how.greedy:
         return logits.argmax(-1)
     probs = logits_to_probs(logits, how.temperature, how.top_k, how.top_p)
-    return torch.multinomial(probs, 1, generator=generator)[:, 0]
+    # torch.multinomial draws a number for every token of the vocabulary; one a row is enough.
+    # Doubles, so that rounding cannot lead to a token that was ruled out
+    cdf = probs.double().cumsum(-1)
+    u = cdf[:, -1:] * torch.rand(len(cdf), 1, generator=generator, device=cdf.device,
+                                 dtype=torch.float64)
+    return torch.searchsorted(cdf, u, right=True).clamp_(max=cdf.shape[1] - 1)[:, 0]
 
 
 def left_pad(prompts, pad_token):
@@ -2631,8 +2649,8 @@ def timed_in_turn(*functions, rounds=5):
 class DistanceTensor(VectorQuantizer):
     """The notes' quantizer: every difference of a feature and a code is written to memory."""
 
-    def distances(self, flat):
-        """Features (M,D) -> (M,K), by way of (M,K,D)."""
+    def compare(self, flat):
+        """Features (M,D) -> squared distances (M,K), by way of (M,K,D)."""
         return (flat[:, None] - self.weight[None]).square().sum(-1)
 
 
@@ -2662,7 +2680,7 @@ def training_step(trainer, batch):
 
 def bench_quantizer():
     """6272 features of length 256, forward and backward -> rows of the table."""
-    z = torch.randn(128, 256, 7, 7, requires_grad=True)
+    z = torch.randn(128, 7, 7, 256).movedim(-1, 1).requires_grad_()  # laid out as the encoder's
 
     def both_ways(quantizer):
         def run():
@@ -2678,15 +2696,14 @@ def bench_quantizer():
 
 def bench_vqvae():
     """Training steps and token extraction of the notes' VQ-VAE, batch 128 -> rows of the table."""
-    x, steps = torch.rand(128, 3, 28, 28) * 2 - 1, []
-    for quantizer in (VectorQuantizer, DistanceTensor):
-        vqvae = VQVAE()
-        vqvae.codebook = quantizer(128, 256)
+    x, steps, models = torch.rand(128, 3, 28, 28) * 2 - 1, [], [VQVAE(), VQVAE()]
+    models[1].codebook = DistanceTensor(128, 256)
+    for vqvae in models:
         optimizer = make_optimizer(Config(), [{"params": vqvae.parameters()}])
         steps.append(training_step(VQVAETrainer(vqvae, optimizer, "cpu"), x))
     # The machine's limit: multiply-adds of all convolutions, three times (forward, gradients of
     # inputs and of weights), at the speed of a large matrix product timed in the same rounds
-    products, matrix = 0, torch.randn(2048, 2048)
+    products, matrix, vqvae = 0, torch.randn(2048, 2048), models[0]
 
     def count(layer, inputs, output):
         nonlocal products
