@@ -10,6 +10,10 @@ train: $(VENV)/installed
 test: $(VENV)/installed
 	$(VENV)/bin/python -m pytest -q test_mmgen.py
 
+# Ten thousand damaged files, about ten minutes
+fuzz: $(VENV)/installed
+	FUZZ_CASES=10000 $(VENV)/bin/python -m pytest -q -s test_mmgen.py -k damaged_files
+
 $(VENV)/installed: Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install -q torch==2.13.0 numpy pytest
@@ -18,4 +22,4 @@ $(VENV)/installed: Makefile
 clean:
 	rm -rf $(VENV) checkpoints results data/drawn.npz
 
-.PHONY: train test clean
+.PHONY: train test fuzz clean

@@ -583,7 +583,8 @@ def _captions(texts, images, name):
 def read_idx(path):
     """A raw MNIST file (yann.lecun.com/exdb/mnist), .gz or not -> uint8 array of its own shape."""
     try:
-        raw = (gzip.decompress if str(path).endswith(".gz") else bytes)(Path(path).read_bytes())
+        with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as file:
+            raw = file.read(2**30)  # a small .gz can hold any number of zeros
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path}: cannot be read ({error})") from None
     # Header: two zero bytes, type (8 = uint8), number of axes, each length as big-endian 32 bits
