@@ -193,9 +193,9 @@ PRESETS = {
     # learning per second. Lengths are in steps, so that the time does not depend on the data.
     "laptop": dict(
         vqvae_dim=64, vqvae_D=64, vqvae_K=1024, attention=True, beta=2.0, extremes=0.5, ema=0.98,
-        delay=100, restart=50, vqvae_steps=4500, vqvae_batch_size=32, vqvae_lr=3e-3,
-        vqvae_decay=True, dropout=0.0, igpt_steps=4000, igpt_batch_size=32, igpt_lr=2e-3,
-        caption_weight=20.0, copies=2, single_steps=4000, finetune_steps=225, finetune_lr=0.002,
+        delay=100, restart=50, vqvae_steps=5000, vqvae_batch_size=32, vqvae_lr=6e-3,
+        vqvae_decay=True, dropout=0.0, igpt_steps=3000, igpt_batch_size=32, igpt_lr=5e-3,
+        caption_weight=20.0, copies=2, single_steps=4000, finetune_steps=250, finetune_lr=0.002,
         lambda_xent=0.1, optimizer="muon"),
     "tiny": dict(
         vqvae_dim=16, vqvae_D=16, vqvae_K=32, vqvae_steps=60, vqvae_batch_size=16, vqvae_lr=3e-3,
@@ -212,7 +212,7 @@ class SamplingConfig(Checked):
     top_k: int = knob(0, "only the k most likely tokens; 0: all", 0, 10**6)
     top_p: float = knob(1.0, "only the most likely tokens, down to this share in sum", 1e-6, 1)
     greedy: bool = knob(False, "always the most likely token")
-    guidance: float = knob(1.0, "of pictures by captions; 2: truer, less varied; 0: none", 0, 100)
+    guidance: float = knob(2.0, "of pictures by captions; 1: more varied, less true; 0: none", 0, 100)
     min_p: float = knob(0.1, "guided: only tokens this likely, relative to the likeliest", 0, 1)
 
 
