@@ -153,6 +153,8 @@ class Config(Checked):
     n_heads: int = knob(4, "attention heads; they divide the width", 1, 256)
     n_layers: int = knob(4, "blocks", 1, 256)
     dropout: float = knob(0.1, "on both branches of a block; 0 for runs of few epochs", 0, 0.9)
+    predictor: str = knob("causal", "parallel: all picture tokens at once from a caption, no more",
+                          choices=("causal", "parallel"))
     link: bool = knob(True, "build code embeddings and output rows from the codebook")
     orders: str = knob("image_text,text_image", "orders of sequences, comma-separated; also plain")
     caption_weight: float = knob(1.0, "weight of words after a picture; 5 to 20 read best", 0, 1e4)
@@ -212,7 +214,7 @@ class SamplingConfig(Checked):
     top_k: int = knob(0, "only the k most likely tokens; 0: all", 0, 10**6)
     top_p: float = knob(1.0, "only the most likely tokens, down to this share in sum", 1e-6, 1)
     greedy: bool = knob(False, "always the most likely token")
-    guidance: float = knob(2.0, "of pictures by captions; 1: more varied, less true; 0: none", 0, 100)
+    guidance: float = knob(2.0, "of pictures by captions; 1: more varied; 0: none", 0, 100)
     min_p: float = knob(0.1, "guided: only tokens this likely, relative to the likeliest", 0, 1)
 
 
@@ -1176,6 +1178,8 @@ class iGPT(nn.Module):
             nn.init.normal_(block.attention.out.weight, std=0.02)
             nn.init.normal_(block.mlp[2].weight, std=0.02)
 
+    causal = True  # a position sees itself and what came before
+
     def tables(self):
         """Embedding table, output matrix and the table of said_token, all (V,d), with the
         codebook's share, if any."""
@@ -1219,7 +1223,7 @@ class iGPT(nn.Module):
         mask = None if cache is None else self._mask(T, position, cache.pad, x.device)
         for i, block in enumerate(self.blocks):
             cached = functools.partial(cache.write, i, position) if cache else None
-            x = block(x, causal=position == 0, mask=mask, cached=cached)
+            x = block(x, causal=self.causal and position == 0, mask=mask, cached=cached)
         low, high = span or (0, self.vocab_size)
         return F.linear(self.norm(x), output[low:high])
 
@@ -1242,6 +1246,32 @@ class iGPT(nn.Module):
             # Padding is hidden from all but itself: a row that may look nowhere would be 0/0
             mask = mask & ((columns >= pad[:, None, None, None]) | (columns == rows))
         return mask
+
+
+class ParallelPredictor(iGPT):
+    """The second note's transformer taken literally: a caption in, logits of all picture tokens
+    out, in one pass. An iGPT whose positions all see each other and whose picture tokens are blank.
+
+    It trains on sequences in the order text_image like any iGPT. No token knows what its neighbours
+    have chosen, which is fast, and tells what an autoregressive model is good for.
+    n_embeddings: K; the rest as for iGPT.
+    """
+
+    causal = False
+
+    def __init__(self, n_embeddings, *options, **more):
+        super().__init__(*options, **more)
+        self.n_embeddings = n_embeddings
+
+    def forward(self, tokens):
+        """text_image sequences (B,T) -> logits (B,T,V), of use where the next token is a code."""
+        return super().forward(tokens.masked_fill(tokens < self.n_embeddings, self.vocab_size - 1))
+
+    def predict(self, prompts, n_tokens):
+        """Prompts BOS EOI TEXT EOT (B,T), all of one length -> logits (B,N,K)."""
+        blank = prompts.new_zeros(len(prompts), n_tokens - 1)
+        logits = self(torch.cat([prompts, blank], 1))  # the EOT's position predicts the first token
+        return logits[:, prompts.shape[1] - 1 :, : self.n_embeddings]
 
 
 # --- Sequences: pairs to rows of tokens. Every prompt for sampling is the start of such a row -----
@@ -1793,6 +1823,8 @@ def generate(model, prompts, n_new, span, how, generator=None, unconditional=Non
     without a classifier (Ho & Salimans 2022), logits = cond + w * (cond - uncond); both share a
     batch and a cache. stop: a token after which the rest of a row is that token.
     """
+    if not model.causal:
+        raise InputError("a parallel predictor draws pictures from captions and does nothing else")
     was_training, device, B = model.training, next(model.parameters()).device, len(prompts)
     model.eval()
     guided = unconditional is not None and how.guidance > 0
@@ -1835,9 +1867,19 @@ def _chunks(items, size=256):
 def sample_images(model, tokenizer, n_tokens, captions, how, generator=None):
     """B captions -> picture tokens int64 (B,n_tokens). Raises InputError as text_encode does."""
     unconditional = torch.tensor([tokenizer.bos_token, tokenizer.end_of_text_token])
+    if not model.causal:
+        prompts = [text_prompt(tokenizer, c) for c in captions]
+        return torch.cat([_predict_images(model, p, n_tokens, how, generator) for p in prompts])
     return torch.cat([generate(model, [text_prompt(tokenizer, c) for c in part], n_tokens,
                                tokenizer.image_span, how, generator, unconditional)
                       for part in _chunks(captions)])
+
+
+@torch.no_grad()
+def _predict_images(model, prompt, n_tokens, how, generator):
+    """One prompt (T,) of a ParallelPredictor -> tokens (1,n_tokens), each drawn by itself."""
+    logits = model.predict(prompt[None].to(next(model.parameters()).device), n_tokens)  # (1,N,K)
+    return sample_token(logits[0], how, generator)[None]
 
 
 def sample_captions(model, tokenizer, tokens, how, generator=None):
@@ -1962,6 +2004,8 @@ def likelihoods(model, tokenizer, tokens, captions):
     The pair's probability is the sum over the two orders in which the model may make it, each as
     likely as the other: half of the training sequences are in either.
     """
+    if not model.causal:
+        raise InputError("a parallel predictor cannot tell how likely a caption is")
     ids = tokenizer.encode_batch(captions)
     drawn, read = (span_nll(model, tokenizer, make_sequences(tokens.cpu(), ids, tokenizer, order))
                    for order in ("text_image", "image_text"))
@@ -1988,6 +2032,9 @@ def evaluate(vqvae, igpt, tokenizer, images, captions, how, seed=0):
         out[f"nll_{name}"] = nats / n
         if name == "text_to_image":
             out["code_accuracy"] = hits / n
+    if not igpt.causal:  # it knows captions to pictures only
+        unknown = ("nll_image_to_text", "nll_image", "nll_text")
+        return {name: value for name, value in out.items() if name not in unknown}
     greedy = dataclasses.replace(how, greedy=True)
     out["caption_exact"], out["caption_slot_accuracy"] = compare_captions(
         sample_captions(igpt, tokenizer, tokens, greedy), captions)
@@ -2069,8 +2116,11 @@ def build_vqvae(cfg, size):
 def build_igpt(cfg, vqvae, tokenizer):
     """The iGPT of a Config, which it carries as .config, that fits a VQ-VAE and a Tokenizer."""
     length = sequence_length(math.prod(vqvae.grid), tokenizer)
-    igpt = iGPT(tokenizer.vocab_size, length, cfg.d_model, cfg.n_heads, cfg.n_layers, cfg.dropout,
-                vqvae.codebook.weight if cfg.link else None)
+    build = iGPT
+    if cfg.predictor == "parallel":
+        build = functools.partial(ParallelPredictor, vqvae.n_embeddings)
+    igpt = build(tokenizer.vocab_size, length, cfg.d_model, cfg.n_heads, cfg.n_layers, cfg.dropout,
+                 vqvae.codebook.weight if cfg.link else None)
     igpt.config = cfg
     return igpt
 
@@ -2453,6 +2503,11 @@ def phase_length(cfg, phase, n_rows, batch_size):
     return a_pass, epochs, a_pass * epochs
 
 
+def training_orders(cfg):
+    """The orders of the sequences that the predictor trains on -> list of names."""
+    return ["text_image"] if cfg.predictor == "parallel" else cfg.orders.split(",")
+
+
 FEW = slice(0, 500)  # test pictures for the curves; `eval` takes all
 
 
@@ -2478,7 +2533,7 @@ def prepare_igpt(cfg, data, vqvae, igpt, tokenizer, device):
     tokens = [extract_tokens(vqvae, data.train_images)] * max(1, cfg.copies)
     tokens += [extract_tokens(vqvae, data.train_images, augment=random_affine)
                for _ in range(cfg.copies)]
-    test_tokens, orders = extract_tokens(vqvae, data.test_images[FEW]), cfg.orders.split(",")
+    test_tokens, orders = extract_tokens(vqvae, data.test_images[FEW]), training_orders(cfg)
     train_set, test_set = (
         Sequences(t, tokenizer.encode_batch(texts), tokenizer, orders) for t, texts in (
             (torch.cat(tokens), data.train_captions), (test_tokens, data.test_captions[FEW])))
@@ -2507,7 +2562,7 @@ def prepare_joint(phase, cfg, data, vqvae, igpt, tokenizer, device):
     trainer = JointTrainer(
         phase, vqvae, igpt, tokenizer, device=device, beta=cfg.beta, extremes=cfg.extremes,
         lambda_xent=cfg.lambda_xent, warmup=int(total * cfg.lambda_warmup) * single,
-        ramp=int(total * cfg.lambda_ramp) * single, tau=cfg.tau, orders=cfg.orders.split(","),
+        ramp=int(total * cfg.lambda_ramp) * single, tau=cfg.tau, orders=training_orders(cfg),
         caption_weight=cfg.caption_weight, **equipment)
     if not single:
         trainer.first_tokens = extract_tokens(vqvae, data.test_images[FEW]).to(device)
@@ -2958,11 +3013,11 @@ def command_train(args):
     data, started = load_data(args.data, cfg.value_range, log), time.monotonic()
 
     def finish(vqvae, igpt, tokenizer):
-        for mode, name in SAMPLE_NAMES.items() if igpt else ():
+        for mode in () if igpt is None else SAMPLE_NAMES if igpt.causal else ("text",):
             prompts = dict(text=data.test_captions[:9], image=data.test_images[:9]).get(mode)
             samples = make_samples(mode, vqvae, igpt, tokenizer, SamplingConfig(), prompts,
                                    9 if prompts is None else 1, cfg.seed)
-            log(f"wrote {save_samples(args.run / 'results' / name, *samples)}")
+            log(f"wrote {save_samples(args.run / 'results' / SAMPLE_NAMES[mode], *samples)}")
 
     if train_run(args.run, args.phase, cfg, data, device, args.resume, args.overwrite, finish):
         log(f"trained {args.phase} in {time.monotonic() - started:.0f} s; peak memory "

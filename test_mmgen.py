@@ -543,6 +543,39 @@ def test_igpt_is_causal_and_knows_its_limits():
         iGPT(40, 58, d_model=30, n_heads=4)
 
 
+def test_a_parallel_predictor_sees_the_caption_and_no_code():
+    vqvae, tokenizer, _ = small_models()
+    torch.manual_seed(0)
+    model = mmgen.ParallelPredictor(24, tokenizer.vocab_size, 58, 32, 2, 2, 0.0, vqvae.codebook.weight).eval()
+    tokens, ids = torch.randint(24, (3, 49)), tokenizer.encode_batch(TEXTS)
+    rows = make_sequences(tokens, ids, tokenizer, "text_image")
+    others = make_sequences(torch.randint(24, (3, 49)), ids, tokenizer, "text_image")
+    logits = model(rows[:, :-1])
+    assert logits.shape == (3, 57, tokenizer.vocab_size) and torch.equal(logits, model(others[:, :-1]))
+    prompts = torch.stack([mmgen.text_prompt(tokenizer, t) for t in TEXTS])
+    assert torch.allclose(model.predict(prompts, 49), logits[:, 8:, :24], atol=1e-5)
+    assert not torch.allclose(logits[0, 8:], logits[1, 8:])
+    with pytest.raises(InputError, match="parallel"):
+        mmgen.sample_captions(model, tokenizer, tokens, SamplingConfig())
+
+
+@pytest.mark.parametrize("regime", ["multi", "single"])
+def test_training_a_parallel_predictor(tmp_path, data_dir, regime):
+    result = command("train", "--phase", regime, "--predictor", "parallel", "--preset", "tiny", "--data", data_dir, "--run",
+                     tmp_path)
+    assert result.returncode == 0, result.stderr
+    rows = list(csv.DictReader((tmp_path / "results/training_curves.csv").open()))
+    rows = [row for row in rows if row["phase"] in ("igpt", "single") and row.get("train_xent") or row["phase"] == "igpt"]
+    key = "train_loss" if regime == "multi" else "train_xent"
+    assert float(rows[-1][key]) < float(rows[0][key])
+    assert np.load(tmp_path / "results/text_conditioned_samples.npy").shape == (9, 28, 28, 3)
+    result = command("eval", "--run", tmp_path, "--data", data_dir, "--json")
+    assert result.returncode == 0 and {"code_accuracy", "recon_mse"} <= json.loads(result.stdout).keys()
+    for more in (["--mode", "image"], ["--mode", "unconditional"], ["--mode", "text", "--best-of", "2"]):
+        result = command("sample", "--run", tmp_path, "--data", data_dir, *more)
+        assert result.returncode == 2 and "parallel predictor" in result.stderr
+
+
 def test_codes_alike_share_embeddings_and_the_codebook_gets_gradient():
     vqvae, tokenizer, igpt = small_models()
     assert not any(p is vqvae.codebook.weight for p in igpt.parameters())
