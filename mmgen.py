@@ -439,7 +439,7 @@ def colorize(ink, labels, rng):
     return images, np.array(captions)
 
 
-N_DRAWN = 20_000, 2_000  # pairs for training and for the test that are drawn unless asked otherwise
+N_DRAWN = 40_000, 2_000  # pairs for training and for the test that are drawn unless asked otherwise
 
 
 def make_drawn(n_train, n_test, size, seed):
@@ -2530,9 +2530,12 @@ def prepare_igpt(cfg, data, vqvae, igpt, tokenizer, device):
     torch.manual_seed(cfg.seed)
     # As often the pictures as they are as augmented: enough against learning a few thousand shapes
     # by heart, and not so much that the model draws what augmentation made
-    tokens = [extract_tokens(vqvae, data.train_images)] * max(1, cfg.copies)
+    copies, seen = cfg.copies, cfg.igpt_steps * cfg.igpt_batch_size  # seen: sequences, if it says
+    if seen:  # what no step would come to use is not made
+        copies = min(copies, math.ceil(seen / (2 * len(data.train_images))))
+    tokens = [extract_tokens(vqvae, data.train_images)] * max(1, copies)
     tokens += [extract_tokens(vqvae, data.train_images, augment=random_affine)
-               for _ in range(cfg.copies)]
+               for _ in range(copies)]
     test_tokens, orders = extract_tokens(vqvae, data.test_images[FEW]), training_orders(cfg)
     train_set, test_set = (
         Sequences(t, tokenizer.encode_batch(texts), tokenizer, orders) for t, texts in (
