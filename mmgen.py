@@ -392,6 +392,10 @@ def draw_digits(labels, size, rng):
 
 
 # --- Data: three sources, one result. Pictures stay uint8 until they are batched, to save memory --
+#
+# Whatever the source, the result is a Pairs: uint8 pictures and captions. Files come from outside,
+# so each reader checks all it relies on and says in one line what is wrong with which field of
+# which file; none of them can be made to run code or to allocate what a damaged header asks for.
 
 DIGITS = "zero one two three four five six seven eight nine".split()
 
@@ -761,6 +765,10 @@ class DataProcessor:
 
 
 # --- Tokenizer: one vocabulary for codes, words and marks -----------------------------------------
+#
+# Codes and words share one vocabulary, so that one network with one softmax can speak both. Ids
+# are laid out so that each kind of token is one range: "only codes may come here" is then a slice
+# of the logits.
 
 
 class Tokenizer:
@@ -821,6 +829,13 @@ class Tokenizer:
 
 
 # --- VQ-VAE: picture -> features z_e (B,D,h,w) -> nearest codes z_q (B,D,h,w) -> picture ----------
+#
+# Three parts: an encoder that shrinks the picture to a grid of features, a codebook that replaces
+# each feature by the nearest of K learned vectors (its number is the token), and a decoder that
+# paints the picture from these vectors. The replacement has no gradient, so the decoder's gradient
+# is handed to the encoder as if nothing had been replaced ("straight through"), and two more loss
+# terms keep features and codes together. What goes wrong in practice is that most codes are never
+# the nearest and die: see the norm before the codebook, `delay` and `restart`.
 
 
 class VectorQuantizer(nn.Module):
@@ -1085,6 +1100,10 @@ def compute_loss(x, recon_x, z_e, z_q, beta=0.25, extremes=0.0):
 
 
 # --- iGPT: a causal transformer over picture tokens and words, with a KV cache --------------------
+#
+# The usual decoder-only transformer (GPT-2's pre-norm block), with three things of its own: places
+# are counted from the last mark, one vector tells what the span before that mark said, and the
+# tables of the picture tokens are built from the codebook.
 
 
 class KVCache:
@@ -1275,6 +1294,10 @@ class ParallelPredictor(iGPT):
 
 
 # --- Sequences: pairs to rows of tokens. Every prompt for sampling is the start of such a row -----
+#
+# BOS says "begin", EOT "a picture comes next", EOI "a caption comes next". The three orders differ
+# in where they enter the ring IMAGE EOI TEXT EOT, and nothing else.
+
 
 def sequence_length(n_tokens, tokenizer):
     """BOS + IMAGE + EOI + TEXT + EOT: 1+49+1+6+1 = 58 for 28x28 pictures and six words."""
@@ -1370,6 +1393,10 @@ def image_prompts(tokenizer, tokens):
 
 
 # --- Training: one loop. The regimes differ in the loss, the parameters and the loader. -----------
+#
+# A Trainer owns the loop; a subclass says what the loss of a batch is and what to measure.
+# Everything random in a step follows from (seed, phase, step), so a run that was killed can be
+# taken up at any step and ends with the same weights, to the bit.
 
 
 class Muon(torch.optim.Adam):
@@ -1776,6 +1803,10 @@ class JointTrainer(Trainer):
 
 
 # --- Sampling: logits, probabilities, a token; prefill and decode; captions, pictures, pairs ------
+#
+# From the inside out: logits become probabilities, probabilities a token, tokens a span
+# (generate), and spans captions, pictures and pairs. Which span comes next is known at every
+# point, so no sample can hold a word in the middle of a picture.
 
 
 def logits_to_probs(logits, temperature=1.0, top_k=0, top_p=1.0):
@@ -2056,6 +2087,9 @@ def compare_captions(found, wanted):
 
 
 # --- Files: checkpoints, pictures, curves ---------------------------------------------------------
+#
+# Every file is written beside its place and renamed when it is whole; every checkpoint is read
+# without running code and says what it is and what it fits to.
 
 FORMAT = 2  # of checkpoints; raise it whenever an old file would be misread
 # What using the content of a damaged checkpoint may raise
@@ -2254,6 +2288,10 @@ def show_in_terminal(images, captions):
 
 
 # --- Runs: regimes as sequences of phases, with progress, saved state and curves ------------------
+#
+# A regime is a list of phases. Each phase is prepared (data, optimizer, trainer), trained by the
+# loop above, and saved. Run is the trainer's companion: it prints, saves the state for --resume,
+# notices Ctrl-C, and writes the table and the picture of the curves.
 
 REGIMES = {
     "two-stage": ("vqvae", "igpt"),
@@ -2511,8 +2549,17 @@ def training_orders(cfg):
 FEW = slice(0, 500)  # test pictures for the curves; `eval` takes all
 
 
+def prepare(phase, cfg, data, vqvae, igpt, tokenizer, device):
+    """A phase -> trainer, train loader, test loader, passes, steps in all."""
+    if phase == "vqvae":
+        return prepare_vqvae(cfg, data, vqvae, device)
+    if phase == "igpt":
+        return prepare_igpt(cfg, data, vqvae, igpt, tokenizer, device)
+    return prepare_joint(phase, cfg, data, vqvae, igpt, tokenizer, device)
+
+
 def prepare_vqvae(cfg, data, vqvae, device):
-    """Phase 1 -> trainer, train loader, test loader, passes, steps in all."""
+    """Phase 1 -> as prepare."""
     vqvae.requires_grad_(True)
     vqvae.codebook.weight.requires_grad_(not cfg.ema)
     train_set, test_set = Pictures(data.vqvae_train), Pictures(data.vqvae_test[FEW])
@@ -2525,7 +2572,7 @@ def prepare_vqvae(cfg, data, vqvae, device):
 
 
 def prepare_igpt(cfg, data, vqvae, igpt, tokenizer, device):
-    """Phase 2, all of the VQ-VAE frozen -> trainer, loaders, passes, steps in all."""
+    """Phase 2, all of the VQ-VAE frozen -> as prepare."""
     vqvae.requires_grad_(False).eval()
     torch.manual_seed(cfg.seed)
     # As often the pictures as they are as augmented: enough against learning a few thousand shapes
@@ -2549,7 +2596,7 @@ def prepare_igpt(cfg, data, vqvae, igpt, tokenizer, device):
 
 
 def prepare_joint(phase, cfg, data, vqvae, igpt, tokenizer, device):
-    """`single` or phase 3 -> trainer, loaders, passes, steps in all."""
+    """`single` or phase 3 -> as prepare."""
     single = phase == "single"
     # Here the codes learn by gradient, EMA or not: the transformer has a say in them
     vqvae.requires_grad_(True)
@@ -2620,13 +2667,8 @@ def train_run(folder, regime, cfg, data, device, resume=False, overwrite=False, 
                 torch.manual_seed(cfg.seed + 1)
                 igpt = build_igpt(cfg, vqvae, tokenizer).to(device)
             started = time.monotonic()
-            if phase == "vqvae":
-                prepared = prepare_vqvae(cfg, data, vqvae, device)
-            elif phase == "igpt":
-                prepared = prepare_igpt(cfg, data, vqvae, igpt, tokenizer, device)
-            else:
-                prepared = prepare_joint(phase, cfg, data, vqvae, igpt, tokenizer, device)
-            trainer, *loaders, passes, total = prepared
+            trainer, *loaders, passes, total = prepare(phase, cfg, data, vqvae, igpt, tokenizer,
+                                                       device)
             run.start_phase(trainer, total)
             if cfg.compile:
                 try_compile(trainer.modules.values())
@@ -2691,6 +2733,10 @@ def report_codebook(vqvae, images, device, path):
 
 
 # --- Bench: mmgen against plain code and against the machine, timed in turn -----------------------
+#
+# Absolute times say more about the machine than about the code, so every row is a ratio of two
+# things timed in the same rounds: mmgen's way and the plain way, or mmgen and the machine's own
+# limit.
 
 
 def timed_in_turn(*functions, rounds=5):
@@ -2730,11 +2776,16 @@ class PlainBlock(Block):
         return x + F.dropout(self.mlp(self.norm2(x)), self.dropout)
 
 
-def training_step(trainer, batch):
-    """-> a function that makes one step of a trainer."""
-    for module in trainer.modules.values():
-        module.train()
-    return lambda: trainer.train_step(batch)
+def training_steps(pairs, batch):
+    """[(model, its trainer's class and arguments)] -> functions that make one training step each:
+    ours, in the precision that `train` would choose, and the other, in float32."""
+    steps = []
+    for i, (model, trainer_class, *options) in enumerate(pairs):
+        optimizer = make_optimizer(Config(), [{"params": model.parameters()}])
+        bf16 = i == 0 and use_bf16("auto", torch.device("cpu"))
+        trainer = trainer_class(model.train(), optimizer, "cpu", *options, bf16=bf16)
+        steps.append(functools.partial(trainer.train_step, batch))
+    return steps
 
 
 def bench_quantizer():
@@ -2755,26 +2806,19 @@ def bench_quantizer():
 
 def bench_vqvae():
     """Training steps and token extraction of the notes' VQ-VAE, batch 128 -> rows of the table."""
-    x, steps, models = torch.rand(128, 3, 28, 28) * 2 - 1, [], [VQVAE(), VQVAE()]
-    models[1].codebook = DistanceTensor(128, 256)
-    for vqvae in models:
-        optimizer = make_optimizer(Config(), [{"params": vqvae.parameters()}])
-        steps.append(training_step(VQVAETrainer(vqvae, optimizer, "cpu"), x))
-    # The machine's limit: multiply-adds of all convolutions, three times (forward, gradients of
-    # inputs and of weights), at the speed of a large matrix product timed in the same rounds
-    products, matrix, vqvae = 0, torch.randn(2048, 2048), models[0]
+    from torch.utils.flop_counter import FlopCounterMode  # slow to import, and used only here
 
-    def count(layer, inputs, output):
-        nonlocal products
-        cells = (inputs[0] if isinstance(layer, nn.ConvTranspose2d) else output)[:, 0].numel()
-        products += layer.weight.numel() * cells
-
-    hooks = [m.register_forward_hook(count) for m in vqvae.modules()
-             if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d))]
-    vqvae(x)
-    for hook in hooks:
-        hook.remove()
+    x, vqvae, plain_vqvae = torch.rand(128, 3, 28, 28) * 2 - 1, VQVAE(), VQVAE()
+    plain_vqvae.codebook = DistanceTensor(128, 256)
+    steps = training_steps([(vqvae, VQVAETrainer), (plain_vqvae, VQVAETrainer)], x)
+    # The machine's limit: the convolutions' multiply-adds, of inputs' and weights' gradients, too,
+    # at the speed of a large matrix product timed in the same rounds
+    with FlopCounterMode(display=False) as counter:
+        steps[0]()
+    flops = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "conv" in str(op))
+    matrix = torch.randn(2048, 2048)
     ours, plain, product = timed_in_turn(*steps, lambda: matrix @ matrix, rounds=3)
+    limit = product * flops / (2 * 2048**3)
     images = (127.5 * (x.permute(0, 2, 3, 1).numpy() + 1)).astype(np.uint8)
 
     @torch.no_grad()
@@ -2783,18 +2827,16 @@ def bench_vqvae():
 
     extract, encoded = timed_in_turn(lambda: extract_tokens(vqvae, images, 128), encode)
     return [("VQ-VAE step, dim 256, batch 128", ours, plain, "(N,K,D) tensor"),
-            ("the same step", ours, 3 * products * product / 2048**3, "its products at full speed"),
+            ("the same step", ours, limit, "its products at peak float32"),
             ("token extraction", extract, encoded, "encoder's forward pass")]
 
 
 def bench_igpt():
     """Training steps of the notes' iGPT, batch 128, V 165, 57 tokens -> rows of the table."""
-    rows, steps = torch.randint(165, (128, 58)), []
-    for block in (Block, PlainBlock):
-        igpt = iGPT(165, 58)
-        igpt.blocks = nn.ModuleList(block(128, 4, 0.1) for _ in range(4))
-        optimizer = make_optimizer(Config(), [{"params": igpt.parameters()}])
-        steps.append(training_step(iGPTTrainer(igpt, optimizer, "cpu", 165, 58), rows))
+    igpt, plain = iGPT(165, 58), iGPT(165, 58)
+    plain.blocks = nn.ModuleList(PlainBlock(128, 4, 0.1) for _ in range(4))
+    steps = training_steps([(m, iGPTTrainer, 165, 58) for m in (igpt, plain)],
+                           torch.randint(165, (128, 58)))
     return [("iGPT step, batch 128", *timed_in_turn(*steps), "plain attention and dropout")]
 
 
@@ -2849,6 +2891,9 @@ def bench():
 
 
 # --- Command line ---------------------------------------------------------------------------------
+#
+# A thin layer: flags become a Config or a SamplingConfig, the work is done by the functions above,
+# and whatever the user got wrong ends as one line and status 2.
 
 
 class Parser(argparse.ArgumentParser):
@@ -2890,6 +2935,26 @@ def given(args, config_class):
     return {name: getattr(args, name) for name in names if hasattr(args, name)}
 
 
+def add_sample_flags(p):
+    """The flags of `sample`."""
+    p.add_argument("--mode", choices=tuple(SAMPLE_NAMES), required=True,
+                   help="text: captions to pictures; image: the reverse; unconditional: pairs")
+    p.add_argument("-n", type=checked(int, 1, 10**6),
+                   help="samples per prompt or picture (default 1), or pairs (9)")
+    p.add_argument("--prompt", action="append", metavar="TEXT", help="a caption; may be repeated")
+    p.add_argument("--prompts", type=Path, metavar="FILE", help="a caption a line")
+    p.add_argument("--image", type=Path, metavar="FILE",
+                   help=".npy uint8 (H,W,3) or (N,H,W,3), or a binary PPM")
+    p.add_argument("--out", metavar="PREFIX", help="for .ppm, .npy, .txt; PREFIX.png writes a PNG "
+                                                   "(default: results/..._samples in --run)")
+    p.add_argument("--complete", type=checked(int, 0, 64), default=0, metavar="ROWS",
+                   help="keep so many rows of a picture's tokens, draw the rest (mode image)")
+    p.add_argument("--best-of", type=checked(int, 1, 1000), default=1, metavar="N",
+                   help="of N samples keep the one that makes its prompt the most likely")
+    p.add_argument("--show", action="store_true", help="draw the pictures in the terminal")
+    add_config_flags(p, SamplingConfig)
+
+
 def build_parser():
     """All subcommands and flags."""
     parser = Parser(prog="mmgen.py", description="A small multimodal model: VQ-VAE and iGPT.")
@@ -2929,23 +2994,8 @@ def build_parser():
     group.add_argument("--overwrite", action="store_true", help="start anew over the run in --run")
     add_config_flags(p, Config)
     p = command("sample", "sample pictures, captions or pairs")
-    p.add_argument("--mode", choices=tuple(SAMPLE_NAMES), required=True,
-                   help="text: captions to pictures; image: the reverse; unconditional: pairs")
-    p.add_argument("-n", type=checked(int, 1, 10**6),
-                   help="samples per prompt or picture (default 1), or pairs (9)")
-    p.add_argument("--prompt", action="append", metavar="TEXT", help="a caption; may be repeated")
-    p.add_argument("--prompts", type=Path, metavar="FILE", help="a caption a line")
-    p.add_argument("--image", type=Path, metavar="FILE",
-                   help=".npy uint8 (H,W,3) or (N,H,W,3), or a binary PPM")
-    p.add_argument("--out", metavar="PREFIX", help="for .ppm, .npy, .txt; PREFIX.png writes a PNG "
-                                                   "(default: results/..._samples in --run)")
-    p.add_argument("--complete", type=checked(int, 0, 64), default=0, metavar="ROWS",
-                   help="keep so many rows of a picture's tokens, draw the rest (mode image)")
-    p.add_argument("--best-of", type=checked(int, 1, 1000), default=1, metavar="N",
-                   help="of N samples keep the one that makes its prompt the most likely")
-    p.add_argument("--show", action="store_true", help="draw the pictures in the terminal")
+    add_sample_flags(p)
     p.add_argument("--seed", **seed)
-    add_config_flags(p, SamplingConfig)
     p = command("score", "log p of pictures and captions under the model")
     p.add_argument("--prompts", type=Path, metavar="FILE", required=True, help="a caption a line")
     p.add_argument("--image", type=Path, metavar="FILE", required=True,
@@ -3156,6 +3206,8 @@ def command_bench(args):
     """mmgen.py bench"""
     rows = []
     if not args.json:
+        bf16 = use_bf16("auto", torch.device("cpu"))
+        print(f"mmgen's training steps in {'bfloat16' if bf16 else 'float32'}, all else in float32")
         print(f"{'what':34}{'mmgen':>9}{'other':>9}{'':6}{'ratio':>7}  other")
     for row in bench():
         rows.append(row)

@@ -2,11 +2,13 @@
 
 import argparse
 import codecs
+import contextlib
 import copy
 import csv
 import dataclasses
 import functools
 import gzip
+import io
 import json
 import os
 import pickle
@@ -28,6 +30,7 @@ from mmgen import (Config, InputError, JointTrainer, KVCache, SamplingConfig, To
                    VQVAETrainer, compute_loss, create_dataset, iGPT, iGPTTrainer, make_sequences)
 
 MMGEN = Path(mmgen.__file__)
+torch.set_num_threads(1)  # tiny models gain nothing from more, and results must not depend on the machine
 TEXTS = ["dark red seven on light blue", "plain green one on dark red", "light blue two on plain green"]
 
 
@@ -50,17 +53,31 @@ def data_dir(tmp_path_factory):
     return folder
 
 
-def command(*args, cwd=None, **options):
-    """Run mmgen.py as a user does."""
-    return subprocess.run([sys.executable, str(MMGEN), *map(str, args)], cwd=cwd, text=True, capture_output=True,
-                          timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"}, **options)
+def command(*args, cwd="."):
+    """Call mmgen.main as the command line does -> returncode, stdout, stderr."""
+    out, err, before = io.StringIO(), io.StringIO(), os.getcwd()
+    os.chdir(cwd)
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            status = mmgen.main(list(map(str, args)))
+    except SystemExit as stop:
+        status = stop.code
+    finally:
+        os.chdir(before)
+    return subprocess.CompletedProcess(args, status, out.getvalue(), err.getvalue())
+
+
+def process(*args):
+    """Run mmgen.py in a process of its own, as a user does."""
+    return subprocess.run([sys.executable, str(MMGEN), *map(str, args)], text=True, capture_output=True, timeout=240,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory, data_dir):
     """A tiny run of the whole `multi` regime, made by the command line."""
     folder = tmp_path_factory.mktemp("run")
-    result = command("train", "--phase", "multi", "--preset", "tiny", "--data", data_dir, "--run", folder)
+    result = process("train", "--phase", "multi", "--preset", "tiny", "--data", data_dir, "--run", folder)
     assert result.returncode == 0, result.stderr
     return folder
 
@@ -1017,7 +1034,7 @@ def test_kill_9_at_any_moment_then_resume(tmp_path, data_dir, regime):
     """Killed again and again, the run ends with the weights of the one that never was."""
     args = ["train", "--phase", regime, "--preset", "tiny", "--optimizer", "muon", "--vqvae-steps", "40", "--igpt-steps",
             "40", "--finetune-steps", "10", "--single-steps", "40", "--data", str(data_dir)]
-    assert command(*args, "--run", tmp_path / "whole").returncode == 0
+    assert process(*args, "--run", tmp_path / "whole").returncode == 0
     program = f"import sys; sys.path.insert(0, {str(MMGEN.parent)!r}); import mmgen; mmgen.SAVE_SECONDS = 0.05; " \
               f"sys.exit(mmgen.main({[*args, '--resume', '--run', str(tmp_path / 'cut')]!r}))"
     rng, kills, state = np.random.default_rng(0), 0, tmp_path / "cut" / "checkpoints" / "state.pth"
@@ -1099,7 +1116,7 @@ def test_ctrl_c_and_sigterm_save_and_exit(tmp_path, data_dir, number, status):
 
 def test_same_seed_same_bytes(tmp_path, data_dir):
     for name in ("a", "b"):
-        result = command("train", "--phase", "multi", "--preset", "tiny", "--vqvae-steps", 20, "--igpt-steps", 20,
+        result = (process if name == "a" else command)("train", "--phase", "multi", "--preset", "tiny", "--vqvae-steps", 20, "--igpt-steps", 20,
                          "--finetune-steps", 5, "--seed", 7, "--data", data_dir, "--run", tmp_path / name)
         assert result.returncode == 0, result.stderr
     files = [p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*") if p.is_file()]
