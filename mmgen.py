@@ -1166,6 +1166,8 @@ class iGPT(nn.Module):
     referred to, not owned: neither among parameters() nor in state_dict().
     """
 
+    causal = True  # a position sees itself and what came before
+
     def __init__(self, vocab_size, context_length, d_model=128, n_heads=4, n_layers=4, dropout=0.1,
                  codebook=None):
         super().__init__()
@@ -1177,7 +1179,8 @@ class iGPT(nn.Module):
         # What the span before said, as one vector: the sum over its tokens of token * place. Every
         # token of the next span gets it: a picture its caption, a caption its picture. Attention
         # finds all that, too, but late, for the strokes next door say more about a stroke than the
-        # caption does: the sum took the pictures that show their caption's digit from 78 to 97 %
+        # caption does: the sum took the pictures that show their caption's digit from 78 to 97 %.
+        # With its table built from the codebook, 1,000 steps read 68 % of digits, without 40 %
         self.said_token = nn.Embedding(vocab_size, d_model)
         self.said_place = nn.Embedding(context_length, d_model)
         self.blocks = nn.ModuleList(Block(d_model, n_heads, dropout) for _ in range(n_layers))
@@ -1196,8 +1199,6 @@ class iGPT(nn.Module):
         for block in self.blocks:
             nn.init.normal_(block.attention.out.weight, std=0.02)
             nn.init.normal_(block.mlp[2].weight, std=0.02)
-
-    causal = True  # a position sees itself and what came before
 
     def tables(self):
         """Embedding table, output matrix and the table of said_token, all (V,d), with the
