@@ -15,10 +15,10 @@ picture, or makes up both.
     python mmgen.py sample --mode image    # captions for the first 9 test pictures
     python mmgen.py eval --json            # every figure over the test split
 
-Read it from top to bottom: config - data - tokenizer - VQ-VAE - iGPT - sequences - training -
-sampling - evaluation - files - command line.
+Read it from top to bottom: config - drawn digits - data - tokenizer - VQ-VAE - iGPT - sequences -
+training - sampling - evaluation - files - runs - bench - command line.
 
-Symbols used in every shape comment:
+Symbols of the models' shape comments (in data functions N is simply the number of pictures):
     B  batch                   H, W  picture height, width     h, w  token grid: H/4, W/4
     N  = h*w, tokens a picture    K  codes in the codebook        D  length of a code vector
     T  tokens in a sequence       L  words in the longest caption
@@ -124,7 +124,8 @@ class Checked:
             if f.name == "orders" and not set(value.split(",")) <= set(ORDERS):
                 raise InputError(f"orders is {value}, not some of {', '.join(ORDERS)}")
             if choices and value not in choices or low is not None and not low <= value <= high:
-                raise InputError(f"{f.name} is {value}, not in {choices or f'{low} to {high}'}")
+                allowed = choices or f"the range {low} to {high}"
+                raise InputError(f"{f.name} is {value}, not in {allowed}")
 
 
 @dataclass
@@ -195,7 +196,7 @@ PRESETS = {
     # learning per second. Lengths are in steps, so that the time does not depend on the data.
     "laptop": dict(
         vqvae_dim=64, vqvae_D=64, vqvae_K=1024, attention=True, beta=2.0, extremes=0.5, ema=0.98,
-        delay=100, restart=50, vqvae_steps=5000, vqvae_batch_size=32, vqvae_lr=6e-3,
+        delay=100, restart=50, vqvae_steps=4500, vqvae_batch_size=32, vqvae_lr=3e-3,
         vqvae_decay=True, dropout=0.0, igpt_steps=3000, igpt_batch_size=32, igpt_lr=5e-3,
         caption_weight=20.0, copies=2, single_steps=4000, finetune_steps=250, finetune_lr=0.002,
         lambda_xent=0.1, optimizer="muon"),
@@ -232,7 +233,7 @@ STROKES = [
     # 1: plain, foot, flag, small flag, plain, bowed
     """5000 5050 5099; 2822 5000! 5099 / 2598 7598; 2525 5500! 5550 5599; 4212 5200! 5050 5099;
     4700 5050 5299; 5500 4830 4770 5399""",
-    # 2: straight base, wavy base, loop, flat loop, loop, tail up, z, wide loop, narrow, curled head
+    # 2: straight base, wavy base, loop, flat loop, tail up, z, wide loop, narrow, curled head
     """1522 3005 6002 8020 7545 4575 1097! 5097 9097; 2030 3505 6505 7535 5070 1595! 4588 6595 9088;
     1522 4503 7815 7040 3585 1893 1082 2575 5588 9594; 1520 4503 7220 5558 1588 1570 5075 9590;
     2018 5000 7518 6550 3585 1896 1088 3080 6095 9580; 1010 5505 8510! 4555 1095! 5095 9590;
@@ -472,6 +473,12 @@ class SafeUnpickler(pickle._Unpickler):  # in Python: C's allocates what a damag
         """The object called `name` in `module`; raises InputError unless a data set needs it."""
         if module not in self.MODULES or name not in self.ALLOWED:
             raise InputError(f"it asks for {module}.{name}, which no picture data needs: refused")
+        # An array is made empty and then filled by __setstate__, which compares its shape with the
+        # bytes at hand. Made by the pickle's own words, it could ask for any number of gigabytes
+        if name == "_reconstruct":
+            return lambda *_: np.ndarray(0, np.uint8)
+        if name == "ndarray":
+            return None  # nothing but an argument of _reconstruct
         if np.__version__ < "2":  # NumPy 2 writes numpy._core, which NumPy 1 calls numpy.core
             module = module.replace("numpy._core", "numpy.core")
         return super().find_class(module, name)
@@ -502,11 +509,13 @@ def to_uint8(images, name="images", value_range="auto"):
         raise InputError(f"{name}: want numbers (N,H,W,3), found {images.dtype} {images.shape}")
     if 0 in images.shape or images.shape[1] % 4 or images.shape[2] % 4:
         raise InputError(f"{name}: want pictures, H and W divisible by 4, found {images.shape}")
-    low, high = images.min(), images.max()
+    low, high, limits = images.min(), images.max(), {"2bit": 3, "8bit": 255, "unit": 1}
+    if value_range not in ("auto", *limits):
+        raise InputError(f"unknown value range {value_range!r}: auto, {', '.join(limits)}")
     if value_range == "auto":
         unit = images.dtype.kind == "f" and high <= 1
         value_range = "unit" if unit else "2bit" if high <= 3 else "8bit"
-    limit = {"2bit": 3, "8bit": 255, "unit": 1}[value_range]
+    limit = limits[value_range]
     if not (low >= 0 and high <= limit):  # written so that NaN fails, too
         raise InputError(f"{name}: {low} to {high} does not fit {value_range} (0 to {limit})")
     if value_range == "8bit" and images.dtype == np.uint8:
@@ -632,7 +641,7 @@ def read_npz(path):
 
 def load_mnist(folder, seed=0):
     """The four raw MNIST files, coloured and captioned by us -> the four arrays of drawn.npz."""
-    arrays, rng = {}, np.random.default_rng(seed)
+    folder, arrays, rng = Path(folder), {}, np.random.default_rng(seed)
     for part, prefix in (("train", "train"), ("test", "t10k")):
         found = []
         for name in (f"{prefix}-images-idx3-ubyte", f"{prefix}-labels-idx1-ubyte"):
@@ -843,8 +852,9 @@ class VectorQuantizer(nn.Module):
 
     ema 0: the codebook learns by gradient, through the codebook term of compute_loss. ema in (0,1):
     each code is a moving average, of this decay, of the features it was the nearest to, and gets no
-    gradient. delay: training batches that pass unquantized, before all codes are put onto features.
-    restart: a code unused for this many training batches is put onto a random feature (0: never).
+    gradient. delay: training batches that pass unquantized; in the first one after them (0: in the
+    very first) all codes are put onto features. restart: a code unused for this many training
+    batches is put onto a random feature (0: never), until batch number restart_until.
     """
 
     def __init__(self, K, D, ema=0.0, delay=0, restart=100):
@@ -1069,15 +1079,14 @@ class VQVAE(nn.Module):
         return self.codebook.nearest(z_e.flatten(0, 2)).view(z_e.shape[:3])
 
     def decode_tokens(self, tokens):
-        """Tokens (B,h,w) or flat (B,h*w) -> pictures (B,3,H,W). Raises InputError for non-codes."""
+        """Tokens (B,h,w) of any grid, or flat (B,h*w) of the model's own -> pictures (B,3,H,W).
+        Raises InputError for other lengths and for ids that are no codes."""
         if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.n_embeddings:
             raise InputError(f"picture tokens must be in 0..{self.n_embeddings - 1}")
         if tokens.dim() == 2:
-            h, w = self.grid
-            # not the size we were told: a square grid is the best guess
-            if tokens.shape[1] != h * w:
-                h = w = math.isqrt(tokens.shape[1])
-            tokens = tokens.view(-1, h, w)
+            if tokens.shape[1] != math.prod(self.grid):
+                raise InputError(f"{tokens.shape[1]} tokens do not make a grid of {self.grid}")
+            tokens = tokens.view(-1, *self.grid)
         return self.decoder(F.embedding(tokens, self.codebook.weight).movedim(-1, 1))
 
 
@@ -1108,15 +1117,16 @@ def compute_loss(x, recon_x, z_e, z_q, beta=0.25, extremes=0.0):
 
 class KVCache:
     """Keys and values of the tokens so far: two tensors (layers,B,heads,length,head_dim), allocated
-    once; 2 * layers * B * length * d * 4 bytes.
+    once; 2 * layers * B * length * d numbers.
 
     The cache does not know how full it is: whoever writes says at which position. pad int64 (B,) or
     None: how many columns at a row's left are padding, for prompts of unlike length in one batch.
     """
 
-    def __init__(self, n_layers, batch, n_heads, length, head_dim, device=None, pad=None):
+    def __init__(self, n_layers, batch, n_heads, length, head_dim, device=None, pad=None,
+                 dtype=torch.float32):
         shape = (n_layers, batch, n_heads, length, head_dim)
-        self.k, self.v = torch.zeros(shape, device=device), torch.zeros(shape, device=device)
+        self.k, self.v = (torch.zeros(shape, dtype=dtype, device=device) for _ in "kv")
         self.pad = pad
 
     def write(self, layer, position, k, v):
@@ -1127,9 +1137,9 @@ class KVCache:
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
 
 
-def dropout(x, p):
+def byte_dropout(x, p):
     """F.dropout(x, p) in training, at a sixth of its cost on a CPU: a random byte an element, drawn
-    eight at a time, instead of a random number each. p is rounded to a multiple of 1/256."""
+    eight at a time, instead of a random number each. p, below 0.998, is rounded to 1/256."""
     drop = round(256 * p)
     words = torch.empty(-(-x.numel() // 8), dtype=torch.int64, device=x.device)
     keep = words.random_(-(2**63), None).view(torch.uint8)[: x.numel()].view(x.shape) >= drop
@@ -1151,15 +1161,16 @@ class Block(nn.Module):
         """x (B,T,d) -> (B,T,d)."""
         on = self.training and self.dropout > 0
         y = self.attention(self.norm1(x), causal, mask, cached)
-        x = x + (dropout(y, self.dropout) if on else y)
+        x = x + (byte_dropout(y, self.dropout) if on else y)
         y = self.mlp(self.norm2(x))
-        return x + (dropout(y, self.dropout) if on else y)
+        return x + (byte_dropout(y, self.dropout) if on else y)
 
 
 class iGPT(nn.Module):
     """Next-token logits over the joint vocabulary: tokens int64 (B,T) -> (B,T,V).
 
-    vocab_size: V = K codes + len(Tokenizer.all_words). context_length: the longest sequence.
+    vocab_size: V = K codes + len(Tokenizer.all_words); the last four ids are the marks EOT, EOI,
+    BOS and PAD. context_length: the longest sequence.
     codebook (K,D), optional: the VQ-VAE's codebook.weight. With it a code's embedding and output
     row are its own vector plus a learned linear map of its standardized code vector: codes that
     look alike share what is learned about one of them, and gradient can reach the codebook. It is
@@ -1213,8 +1224,8 @@ class iGPT(nn.Module):
 
     def locate(self, tokens, said_table):
         """Tokens (B,T) -> places (B,T), how far the last mark is, after an EOI plus the context
-        length; and said (B,T,d), the sum over the span before that mark, of rows of said_table, the
-        last of tables()."""
+        length; and said (B,T,d), the sum over all words and codes before that mark, of rows of
+        said_table, the last of tables(). In a sequence that is one span: the other follows it."""
         B, T = tokens.shape
         index = torch.arange(T, device=tokens.device).expand(B, T)
         is_mark = (tokens >= self.vocab_size - 4) & (tokens < self.vocab_size - 1)  # EOT, EOI, BOS
@@ -1250,8 +1261,9 @@ class iGPT(nn.Module):
     def new_cache(self, batch, length, pad=None):
         """A KVCache that fits, for `length` tokens in each of `batch` rows."""
         head_dim = self.norm.normalized_shape[0] // self.n_heads
-        device = self.norm.weight.device
-        return KVCache(len(self.blocks), batch, self.n_heads, length, head_dim, device, pad)
+        weight = self.norm.weight
+        return KVCache(len(self.blocks), batch, self.n_heads, length, head_dim, weight.device, pad,
+                       weight.dtype)
 
     @staticmethod
     def _mask(T, position, pad, device):
@@ -1339,7 +1351,7 @@ def mixed_sequences(tokens, text_ids, tokenizer, orders):
 
 
 class Sequences(Dataset):
-    """Picture tokens (C*M,N), C augmented copies of M pictures one after the other, and captions
+    """Picture tokens (C*M,N), C copies of M pictures one after the other, and captions
     (M,L+1), handed out as batches of sequences (B,T) in the given orders."""
 
     def __init__(self, tokens, text_ids, tokenizer, orders):
@@ -1402,7 +1414,8 @@ def image_prompts(tokenizer, tokens):
 
 class Muon(torch.optim.Adam):
     """Adam, but in groups that say orthogonal=True the update is the momentum's nearest orthogonal
-    matrix (Jordan et al. 2024), so that all directions of a matrix learn alike. No weight decay.
+    matrix (Jordan et al. 2024), so that all directions of a matrix learn alike. Such groups hold
+    weights of two or more axes only and have a momentum of 0.95; betas are Adam's. No weight decay.
 
     torch.optim.Muon computes in bfloat16 one matrix at a time, which takes seconds on a CPU without
     bfloat16 units. Here the products are of the dtype asked for and batched over matrices of one
@@ -1471,16 +1484,16 @@ def make_optimizer(cfg, groups, bf16=False):
     return Muon(groups, dtype, betas=(0.9, 0.95), eps=1e-10, fused=True)
 
 
-def create_cosine_scheduler(optimizer, warmup_steps=1000, total_steps=14_070, floor=0.0):
+def create_cosine_scheduler(optimizer, warmup_steps=1000, total_steps=14_070):
     """A torch scheduler, to be stepped once a training step: all learning rates rise linearly for
-    warmup_steps, then fall as half a cosine to `floor` times their value at total_steps (default:
+    warmup_steps, then fall as half a cosine to 0 at total_steps (default:
     30 epochs of 60,000 rows in batches of 128, as in the notes)."""
 
     def factor(step):
         if step < warmup_steps:
             return (step + 1) / warmup_steps
         done = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
-        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
+        return 0.5 * (1 + math.cos(math.pi * done))
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
@@ -1528,7 +1541,7 @@ class Trainer:
         """
         per_epoch = len(train_loader)
         for epoch in range(self.step // per_epoch, num_epochs):
-            if hasattr(train_loader.sampler, "set_epoch"):
+            if hasattr(getattr(train_loader, "sampler", None), "set_epoch"):
                 train_loader.sampler.set_epoch(epoch, skip=self.step % per_epoch)
             for module in self.modules.values():
                 module.train()
@@ -1643,21 +1656,22 @@ class VQVAETrainer(Trainer):
     def test(self, test_loader):
         """The loss and measure_reconstruction's figures."""
         batches = (to_device(b, self.device) for b in test_loader)
-        return measure_reconstruction(self.model, batches, self.beta)
+        return measure_reconstruction(self.model, batches, self.beta, self.extremes)
 
 
 @torch.no_grad()
-def measure_reconstruction(vqvae, batches, beta=0.25):
+def measure_reconstruction(vqvae, batches, beta=0.25, extremes=0.0):
     """Over batches (B,3,H,W): loss, recon_mse ([-1,1] units), recon_psnr (dB; values span 2),
     codebook_used (share of codes chosen at all), codebook_perplexity (exp of their use's
     entropy)."""
     loss = mse = n = counts = 0
     for x in batches:
         z_e, z_q, recon_x = vqvae(x)
-        loss += compute_loss(x, recon_x, z_e, z_q, beta).item() * len(x)
+        loss += compute_loss(x, recon_x, z_e, z_q, beta, extremes).item() * len(x)
         mse += F.mse_loss(recon_x, x).item() * len(x)
         n += len(x)
-        counts += torch.bincount(vqvae.get_tokens(x).flatten(), minlength=vqvae.n_embeddings)
+        tokens = vqvae.codebook.nearest(z_e.movedim(1, -1).flatten(0, 2))  # (B*h*w,)
+        counts += torch.bincount(tokens, minlength=vqvae.n_embeddings)
     share = counts / counts.sum()
     return {
         "loss": loss / n,
@@ -1680,6 +1694,7 @@ def target_weights(sequences, vocab_size, caption_weight):
     return torch.where(captioning, caption_weight, 1.0) * (sequences[:, 1:] != pad)
 
 
+@torch.no_grad()
 def measure_prediction(igpt, batches):
     """Over batches of sequences (B,T): loss (nats a token, unweighted, without PAD) and accuracy
     (share of tokens that are the most likely one)."""
@@ -1724,18 +1739,19 @@ class JointTrainer(Trainer):
     """`single` and phase 3: all at once. Batches are (pictures (B,3,H,W), captions (B,L+1)).
 
     L = recon + codebook + beta * commit + lambda * xent. The decoder always gets the encoder's own
-    codes. lambda is 0 for `warmup` steps, while there are no codes worth predicting, then rises for
-    `ramp` steps. tau: temperature of the soft targets, in mean squared quantization errors.
+    codes. lambda is 0 for lambda_warmup steps, while there are no codes worth predicting, then
+    rises for lambda_ramp steps. tau: temperature of the soft targets, in mean squared quantization
+    errors.
     """
 
     def __init__(self, phase, vqvae, igpt, tokenizer, optimizer, device, beta=0.25, extremes=0.0,
-                 lambda_xent=0.5, warmup=0, ramp=0, tau=0.5, orders=ORDERS[:2], caption_weight=1.0,
-                 **options):
+                 lambda_xent=0.5, lambda_warmup=0, lambda_ramp=0, tau=0.5, orders=ORDERS[:2],
+                 caption_weight=1.0, **options):
         super().__init__({"vqvae": vqvae, "igpt": igpt}, optimizer, device, **options)
         self.phase, self.vqvae, self.igpt, self.tokenizer = phase, vqvae, igpt, tokenizer
         self.beta, self.extremes, self.tau = beta, extremes, tau
         self.orders, self.caption_weight = orders, caption_weight
-        self.lambda_xent, self.warmup, self.ramp = lambda_xent, warmup, ramp
+        self.lambda_xent, self.warmup, self.ramp = lambda_xent, lambda_warmup, lambda_ramp
         self.first_tokens = None  # the test pictures' tokens before, to measure drift
 
     def lambda_now(self):
@@ -1785,7 +1801,7 @@ class JointTrainer(Trainer):
         tokens = [self.vqvae.get_tokens(x).flatten(1) for x, _ in batches]
         rows = (mixed_sequences(t, text_ids, self.tokenizer, self.orders)
                 for t, (_, text_ids) in zip(tokens, batches))
-        out = measure_reconstruction(self.vqvae, (x for x, _ in batches), self.beta)
+        out = measure_reconstruction(self.vqvae, (x for x, _ in batches), self.beta, self.extremes)
         prediction = measure_prediction(self.igpt, rows)
         tokens = torch.cat(tokens)  # (test pictures, N)
         self.first_tokens = tokens if self.first_tokens is None else self.first_tokens
@@ -1850,7 +1866,9 @@ def left_pad(prompts, pad_token):
 def generate(model, prompts, n_new, span, how, generator=None, unconditional=None, stop=None):
     """Continue prompts by n_new tokens, all from one span of the vocabulary -> int64 (B,n_new).
 
-    prompts: list of int64 (T_i,), of any lengths. span: (low, high), the only ids allowed. how: a
+    prompts: list of int64 (T_i,), of any lengths. span: (low, high), the only ids allowed; a mark
+    may be among them only as `stop` or if n_new is 1, since what follows is placed as of one span.
+    n_new: at least 1. how: a
     SamplingConfig. generator: on the model's device. unconditional: a prompt (T,) for guidance
     without a classifier (Ho & Salimans 2022), logits = cond + w * (cond - uncond); both share a
     batch and a cache. stop: a token after which the rest of a row is that token.
@@ -2029,6 +2047,13 @@ def span_nll(model, tokenizer, rows, batch_size=250):
     return {name: torch.cat(parts, 1) for name, parts in out.items()}
 
 
+def both_ways_nll(model, tokenizer, tokens, captions):
+    """Pictures' tokens (M,N), M captions -> span_nll of the orders text_image and image_text."""
+    ids = tokenizer.encode_batch(captions)
+    return [span_nll(model, tokenizer, make_sequences(tokens.cpu(), ids, tokenizer, order))
+            for order in ("text_image", "image_text")]
+
+
 def likelihoods(model, tokenizer, tokens, captions):
     """M pictures' tokens (M,N) and captions -> nats of log p(picture | caption), log p(caption |
     picture) and log p(pair), each (M,), and numbers of picture and caption targets (M,).
@@ -2038,9 +2063,7 @@ def likelihoods(model, tokenizer, tokens, captions):
     """
     if not model.causal:
         raise InputError("a parallel predictor cannot tell how likely a caption is")
-    ids = tokenizer.encode_batch(captions)
-    drawn, read = (span_nll(model, tokenizer, make_sequences(tokens.cpu(), ids, tokenizer, order))
-                   for order in ("text_image", "image_text"))
+    drawn, read = both_ways_nll(model, tokenizer, tokens, captions)
     both = -torch.stack([drawn["image"][0] + drawn["text"][0], read["image"][0] + read["text"][0]])
     pair = both.logsumexp(0) - math.log(2)
     return -drawn["image"][0], -read["text"][0], pair, drawn["image"][2], read["text"][2]
@@ -2055,9 +2078,8 @@ def evaluate(vqvae, igpt, tokenizer, images, captions, how, seed=0):
     pictures = make_loader(Pictures(images), 250, shuffle=False)
     out = measure_reconstruction(vqvae, (x.to(device) for x in pictures))
     del out["loss"]
-    tokens, text_ids = extract_tokens(vqvae, images), tokenizer.encode_batch(captions)
-    drawn, read = (span_nll(igpt, tokenizer, make_sequences(tokens, text_ids, tokenizer, order))
-                   for order in ("text_image", "image_text"))
+    tokens = extract_tokens(vqvae, images)
+    drawn, read = both_ways_nll(igpt, tokenizer, tokens, captions)
     for name, spans in (("text_to_image", drawn["image"]), ("image_to_text", read["text"]),
                         ("image", read["image"]), ("text", drawn["text"])):
         nats, hits, n = spans.double().sum(1).tolist()
@@ -2488,7 +2510,8 @@ def write_text(canvas, x, y, text, color=(0, 0, 0), scale=2):
 
 def draw_curves(rows, height=300, panel=360):
     """Training (grey) and test loss (red), a panel a phase, each on its own scale, with its
-    smallest and largest loss and its last step at the axes -> uint8 (height,width,3)."""
+    smallest and largest loss and its last step at the axes -> uint8 (height,width,3). (With a
+    caption weight the iGPT's training loss weighs words more; the test loss never does.)"""
     phases = list(dict.fromkeys(r["phase"] for r in rows))
     canvas = np.full((height, panel * len(phases), 3), 255, np.uint8)
     for i, phase in enumerate(phases):
@@ -2561,12 +2584,10 @@ def prepare(phase, cfg, data, vqvae, igpt, tokenizer, device):
 
 def prepare_vqvae(cfg, data, vqvae, device):
     """Phase 1 -> as prepare."""
-    vqvae.requires_grad_(True)
-    vqvae.codebook.weight.requires_grad_(not cfg.ema)
     train_set, test_set = Pictures(data.vqvae_train), Pictures(data.vqvae_test[FEW])
     *loaders, passes, total, equipment = equip(
         "vqvae", cfg, train_set, test_set, parameter_groups(cfg, vqvae), device)
-    vqvae.codebook.ema, vqvae.codebook.delay = cfg.ema, min(cfg.delay, total // 10)
+    vqvae.codebook.delay = min(cfg.delay, total // 10)
     vqvae.codebook.restart_until = int(0.6 * total)
     trainer = VQVAETrainer(vqvae, device=device, beta=cfg.beta, extremes=cfg.extremes, **equipment)
     return trainer, *loaders, passes, total
@@ -2612,8 +2633,8 @@ def prepare_joint(phase, cfg, data, vqvae, igpt, tokenizer, device):
     vqvae.codebook.restart_until = int(0.6 * total) * single  # phase 3: the iGPT knows these codes
     trainer = JointTrainer(
         phase, vqvae, igpt, tokenizer, device=device, beta=cfg.beta, extremes=cfg.extremes,
-        lambda_xent=cfg.lambda_xent, warmup=int(total * cfg.lambda_warmup) * single,
-        ramp=int(total * cfg.lambda_ramp) * single, tau=cfg.tau, orders=training_orders(cfg),
+        lambda_xent=cfg.lambda_xent, lambda_warmup=int(total * cfg.lambda_warmup) * single,
+        lambda_ramp=int(total * cfg.lambda_ramp) * single, tau=cfg.tau, orders=training_orders(cfg),
         caption_weight=cfg.caption_weight, **equipment)
     if not single:
         trainer.first_tokens = extract_tokens(vqvae, data.test_images[FEW]).to(device)
@@ -2672,7 +2693,7 @@ def train_run(folder, regime, cfg, data, device, resume=False, overwrite=False, 
                                                        device)
             run.start_phase(trainer, total)
             if cfg.compile:
-                try_compile(trainer.modules.values())
+                try_compile([vqvae.encoder, vqvae.decoder] + [igpt] * (igpt is not None))
             trainer.train(*loaders, passes)
             if phase != "igpt":
                 save_vqvae(vqvae_path, vqvae)
@@ -2755,9 +2776,9 @@ def timed_in_turn(*functions, rounds=5):
 class DistanceTensor(VectorQuantizer):
     """The notes' quantizer: every difference of a feature and a code is written to memory."""
 
-    def compare(self, flat):
-        """Features (M,D) -> squared distances (M,K), by way of (M,K,D)."""
-        return (flat[:, None] - self.weight[None]).square().sum(-1)
+    def nearest(self, flat):
+        """Features (M,D) -> the nearest codes, int64 (M,), by way of (M,K,D)."""
+        return (flat[:, None] - self.weight[None]).square().sum(-1).argmin(1)
 
 
 class PlainBlock(Block):
@@ -3082,6 +3103,12 @@ SAMPLE_NAMES = dict(text="text_conditioned_samples", image="image_conditioned_sa
                     unconditional="unconditional_samples")
 
 
+def check_size(vqvae, images):
+    """Raise InputError unless pictures uint8 (M,H,W,3) are as large as those of the training."""
+    if images.shape[1:3] != tuple(vqvae.size):
+        raise InputError(f"the model knows {vqvae.size} pictures, not {images.shape[1:3]}")
+
+
 def make_samples(mode, vqvae, igpt, tokenizer, how, prompts, n=1, seed=0, complete=0, best_of=1):
     """What `sample` writes: pictures uint8 (M,H,W,3) and M captions.
 
@@ -3096,12 +3123,12 @@ def make_samples(mode, vqvae, igpt, tokenizer, how, prompts, n=1, seed=0, comple
         tokens, captions = sample_pairs(igpt, tokenizer, n_tokens, n, how, generator)
     elif mode == "text":
         captions = np.repeat(prompts, n).tolist()
-        captions = complete_captions(igpt, tokenizer, captions, how, generator)
+        if igpt.causal:
+            captions = complete_captions(igpt, tokenizer, captions, how, generator)
         captions = np.repeat(captions, best_of).tolist()
         tokens = sample_images(igpt, tokenizer, n_tokens, captions, how, generator)
     else:
-        if prompts.shape[1:3] != tuple(vqvae.size):
-            raise InputError(f"the model knows {vqvae.size} pictures, not {prompts.shape[1:3]}")
+        check_size(vqvae, prompts)
         if not 0 <= complete < h:
             raise InputError(f"--complete {complete}: pictures have {h} rows of tokens")
         images = np.repeat(prompts, n * best_of, 0)
@@ -3133,9 +3160,7 @@ def load_models(args):
 def load_test_split(args, vqvae):
     """The data in --data, read as it was for training. Raises InputError if the sizes differ."""
     data = load_data(args.data, vqvae.config.value_range, log=None)
-    if data.test_images.shape[1:3] != tuple(vqvae.size):
-        raise InputError(f"the model knows {vqvae.size} pictures, those in {args.data} are "
-                         f"{data.test_images.shape[1:3]}")
+    check_size(vqvae, data.test_images)
     return data
 
 
@@ -3178,8 +3203,7 @@ def command_score(args):
     """mmgen.py score"""
     vqvae, igpt, tokenizer = load_models(args)
     captions, images = read_captions(args.prompts), read_pictures(args.image)
-    if images.shape[1:3] != tuple(vqvae.size):
-        raise InputError(f"the model knows {vqvae.size} pictures, not {images.shape[1:3]}")
+    check_size(vqvae, images)
     if 1 not in (len(images), len(captions)) and len(images) != len(captions):
         raise InputError(f"{len(captions)} captions for {len(images)} pictures")
     tokens, M = extract_tokens(vqvae, images), max(len(images), len(captions))

@@ -67,7 +67,7 @@ def command(*args, cwd="."):
     return subprocess.CompletedProcess(args, status, out.getvalue(), err.getvalue())
 
 
-def process(*args):
+def separately(*args):
     """Run mmgen.py in a process of its own, as a user does."""
     return subprocess.run([sys.executable, str(MMGEN), *map(str, args)], text=True, capture_output=True, timeout=240,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -77,7 +77,7 @@ def process(*args):
 def trained(tmp_path_factory, data_dir):
     """A tiny run of the whole `multi` regime, made by the command line."""
     folder = tmp_path_factory.mktemp("run")
-    result = process("train", "--phase", "multi", "--preset", "tiny", "--data", data_dir, "--run", folder)
+    result = separately("train", "--phase", "multi", "--preset", "tiny", "--data", data_dir, "--run", folder)
     assert result.returncode == 0, result.stderr
     return folder
 
@@ -301,6 +301,15 @@ def test_pickles_with_code_are_refused(tmp_path, content):
     assert not Path("/tmp/mmgen_was_here").exists()
 
 
+def test_a_pickle_cannot_ask_for_gigabytes(tmp_path):
+    path = tmp_path / "mnist_colored.pkl"
+    for call in (b"cnumpy\nndarray\n(I%d\ntR.", b"cnumpy._core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I%d\ntS'b'\ntR."):
+        path.write_bytes(call % 2**34)
+        with pytest.raises(InputError):
+            mmgen.load_pickled_data(path)
+    assert mmgen.SafeUnpickler(io.BytesIO(path.read_bytes())).load().shape == (0,)
+
+
 def test_raw_mnist(tmp_path):
     (tmp_path / "mnist").mkdir()
     rng = np.random.default_rng(0)
@@ -436,6 +445,15 @@ def test_vqvae_shapes(size, D, attention):
     assert torch.equal(vqvae.decode_tokens(tokens), vqvae.decode_tokens(tokens.flatten(1)))
     assert torch.allclose(vqvae.decode_tokens(tokens), recon, atol=1e-5)
     assert vqvae.n_embeddings == 24
+
+
+def test_decoding_refuses_what_is_no_picture():
+    vqvae = VQVAE(dim=8, K=8, D=4, size=(8, 8))
+    assert vqvae.decode_tokens(torch.zeros(3, 4, dtype=torch.int64)).shape == (3, 3, 8, 8)
+    assert vqvae.decode_tokens(torch.zeros(3, 4, 5, dtype=torch.int64)).shape == (3, 3, 16, 20)
+    for bad in (torch.zeros(4, 5, dtype=torch.int64), torch.full((1, 4), 8), torch.full((1, 4), -1)):
+        with pytest.raises(InputError):
+            vqvae.decode_tokens(bad)
 
 
 def test_quantizer_finds_the_nearest_code():
@@ -576,6 +594,13 @@ def test_a_parallel_predictor_sees_the_caption_and_no_code():
         mmgen.sample_captions(model, tokenizer, tokens, SamplingConfig())
 
 
+def test_a_parallel_predictor_draws_for_captions_of_any_length():
+    vqvae, tokenizer, _ = small_models()
+    model = mmgen.ParallelPredictor(24, tokenizer.vocab_size, 58, 32, 2, 2, 0.0, vqvae.codebook.weight).eval()
+    images, captions = mmgen.make_samples("text", vqvae, model, tokenizer, SamplingConfig(), ["red one", TEXTS[0]], 2)
+    assert images.shape == (4, 28, 28, 3) and captions == ["red one"] * 2 + [TEXTS[0]] * 2
+
+
 @pytest.mark.parametrize("regime", ["multi", "single"])
 def test_training_a_parallel_predictor(tmp_path, data_dir, regime):
     result = command("train", "--phase", regime, "--predictor", "parallel", "--preset", "tiny", "--data", data_dir, "--run",
@@ -605,7 +630,7 @@ def test_codes_alike_share_embeddings_and_the_codebook_gets_gradient():
 def test_dropout_drops_the_share_it_says_and_keeps_the_mean():
     torch.manual_seed(0)
     x = torch.ones(400, 500, requires_grad=True)
-    y = mmgen.dropout(x, 0.1)
+    y = mmgen.byte_dropout(x, 0.1)
     share = (y == 0).float().mean().item()
     assert abs(share - 26 / 256) < 0.003 and abs(y.mean().item() - 1) < 0.005
     columns = (y == 0).float().mean(0)  # no byte of the random words is special
@@ -736,7 +761,7 @@ def test_soft_targets_move_features_to_where_the_transformer_expects_them():
 
 
 def test_lambda_warms_up_and_ramps():
-    trainer, _ = joint_trainer(0.5, warmup=10, ramp=10)
+    trainer, _ = joint_trainer(0.5, lambda_warmup=10, lambda_ramp=10)
     seen = []
     for trainer.step in range(30):
         seen.append(trainer.lambda_now())
@@ -1034,7 +1059,7 @@ def test_kill_9_at_any_moment_then_resume(tmp_path, data_dir, regime):
     """Killed again and again, the run ends with the weights of the one that never was."""
     args = ["train", "--phase", regime, "--preset", "tiny", "--optimizer", "muon", "--vqvae-steps", "40", "--igpt-steps",
             "40", "--finetune-steps", "10", "--single-steps", "40", "--data", str(data_dir)]
-    assert process(*args, "--run", tmp_path / "whole").returncode == 0
+    assert separately(*args, "--run", tmp_path / "whole").returncode == 0
     program = f"import sys; sys.path.insert(0, {str(MMGEN.parent)!r}); import mmgen; mmgen.SAVE_SECONDS = 0.05; " \
               f"sys.exit(mmgen.main({[*args, '--resume', '--run', str(tmp_path / 'cut')]!r}))"
     rng, kills, state = np.random.default_rng(0), 0, tmp_path / "cut" / "checkpoints" / "state.pth"
@@ -1116,7 +1141,7 @@ def test_ctrl_c_and_sigterm_save_and_exit(tmp_path, data_dir, number, status):
 
 def test_same_seed_same_bytes(tmp_path, data_dir):
     for name in ("a", "b"):
-        result = (process if name == "a" else command)("train", "--phase", "multi", "--preset", "tiny", "--vqvae-steps", 20, "--igpt-steps", 20,
+        result = (separately if name == "a" else command)("train", "--phase", "multi", "--preset", "tiny", "--vqvae-steps", 20, "--igpt-steps", 20,
                          "--finetune-steps", 5, "--seed", 7, "--data", data_dir, "--run", tmp_path / name)
         assert result.returncode == 0, result.stderr
     files = [p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*") if p.is_file()]
