@@ -517,7 +517,7 @@ def test_cached_logits_are_the_uncached_ones(prompt):
     igpt.eval()
     tokens = make_sequences(torch.randint(24, (3, 49)), tokenizer.encode_batch(TEXTS), tokenizer, "text_image")
     with torch.no_grad():
-        whole, located = igpt(tokens), igpt.locate(tokens, igpt.tables()[2])
+        whole, located = igpt(tokens), igpt.locate(tokens)
         cache = KVCache(2, 3, 2, 58, 16)
 
         def piece(a, b):
