@@ -1056,6 +1056,7 @@ class VQVAE(nn.Module):
             nn.ReLU(),
             nn.ConvTranspose2d(dim, 3, 4, 2, 1),  # (B,3,H,W)
         )
+        self.to(memory_format=torch.channels_last)  # less reordering in convolutions: 4 % of a step
 
     @property
     def grid(self):
