@@ -664,6 +664,8 @@ def load_data(folder, value_range="auto", log=print):
     """The data of a folder as Pairs: the two pickles, else raw MNIST in mnist/, else drawn.npz.
     Raises InputError if there is none, if picture sizes differ, and when the readers above do."""
     folder = Path(folder)
+    if folder.is_file():
+        raise InputError(f"{folder} is a file: name the directory that holds the data")
     pairs_file, mnist, drawn = (folder / name for name in SOURCES)
     vqvae_file = folder / "mnist_colored.pkl"
     if pairs_file.exists():
@@ -2372,12 +2374,14 @@ class Run:
             self.done = [phase for phase in state["done"] if phase not in phases]
             self.rows = [row for row in state["rows"] if row["phase"] in self.done]
             return True
-        mine = {"regime": self.regime, "data": self.data_hash, **dataclasses.asdict(self.cfg)}
-        theirs = {"regime": state["regime"], "data": state["data"], **state["config"]}
+        if state["data"] != self.data_hash:
+            raise InputError(f"cannot resume {self.folder}: it was trained on other data")
+        mine = {"regime": self.regime, **dataclasses.asdict(self.cfg)}
+        theirs = {"regime": state["regime"], **state["config"]}
         unlike = [f"{k} is {mine.get(k)}, the run's is {theirs.get(k)}"
                   for k in sorted(mine.keys() | theirs.keys()) if mine.get(k) != theirs.get(k)]
         if unlike:
-            raise InputError(f"cannot resume {self.folder}: {'; '.join(unlike)}")
+            raise InputError(f"cannot resume {self.folder}: {'; '.join(unlike)} (repeat its flags)")
         self.done, self.rows, self.trainer_state = state["done"], state["rows"], state["trainer"]
         if state["complete"]:
             log(f"the run in {self.folder} is finished")
@@ -2985,7 +2989,7 @@ def build_parser():
     seed = dict(type=checked(int, 0, 2**31), default=0, help="(default: 0)")
 
     def command(name, text, run=True):
-        p = commands.add_parser(name, help=text, description=text)
+        p = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         p.add_argument("--data", default=Path("data"), help="data (default: data)", **folder)
         if run:
             p.add_argument("--run", default=Path("."), help="run (default: .)", **folder)
@@ -3079,7 +3083,7 @@ def command_train(args):
     # A length given in epochs replaces the preset's length in steps
     lengths = {k.replace("_epochs", "_steps"): 0 for k in flags if k.endswith("_epochs")}
     cfg = Config(**{**PRESETS[preset], **lengths, **flags})
-    if not any((args.data / name).exists() for name in SOURCES):
+    if not args.data.is_file() and not any((args.data / name).exists() for name in SOURCES):
         log(f"no data in {args.data}: drawing the embedded set")
         write_pairs(args.data, make_drawn(*N_DRAWN, 28, 0))
     if dist.is_initialized():
@@ -3170,6 +3174,8 @@ def command_sample(args):
     if (prompts and args.mode != "text") or (args.image or args.complete) and args.mode != "image":
         raise InputError("--prompt and --prompts belong to --mode text, --image and --complete to "
                          "--mode image")
+    if args.best_of > 1 and args.mode == "unconditional":
+        raise InputError("--best-of needs a prompt or a picture to be true to")
     if args.image:
         prompts = read_pictures(args.image)
     elif not prompts and args.mode != "unconditional":
@@ -3180,8 +3186,7 @@ def command_sample(args):
                                     args.best_of)
     default = args.run / "results" / SAMPLE_NAMES[args.mode]
     path = save_samples(args.out or default, images, captions)
-    if args.mode == "image":
-        print("\n".join(captions))
+    print("\n".join(captions))
     if args.show:
         show_in_terminal(images, captions)
     log(f"wrote {path}")

@@ -1341,6 +1341,16 @@ def test_a_failing_process_ends_all_with_its_reason(tmp_path, data_dir):
     assert result.returncode != 0 and "mmgen: error:" in result.stderr and "does not exist" in result.stderr
 
 
+def test_other_data_and_a_file_for_a_directory_are_refused(trained, data_dir, tmp_path):
+    mmgen.write_pairs(tmp_path, drawn(20, 8, seed=9))
+    result = command("train", "--phase", "multi", "--preset", "tiny", "--data", tmp_path, "--run", trained, "--resume")
+    assert result.returncode == 2 and "trained on other data" in result.stderr
+    result = command("train", "--phase", "vqvae", "--data", data_dir / "drawn.npz", "--run", tmp_path / "run")
+    assert result.returncode == 2 and "is a file" in result.stderr and not (tmp_path / "run").exists()
+    result = command("sample", "--mode", "unconditional", "--best-of", 2, "--run", trained)
+    assert result.returncode == 2 and "--best-of" in result.stderr
+
+
 def test_an_igpt_of_other_codes_is_refused(trained, tmp_path):
     vqvae = mmgen.load_vqvae(trained / "checkpoints" / "vqvae_model.pth")
     with torch.no_grad():
