@@ -483,12 +483,18 @@ class SafeUnpickler(pickle._Unpickler):  # in Python: C's allocates what a damag
             module = module.replace("numpy._core", "numpy.core")
         return super().find_class(module, name)
 
+    def load_bytearray8(self):
+        """The one opcode that would allocate what it is told before it reads."""
+        (length,) = struct.unpack("<Q", self.read(8))
+        self.append(bytearray(self.read(length)))
+
+    dispatch = {**pickle._Unpickler.dispatch, pickle.BYTEARRAY8[0]: load_bytearray8}
+
 
 def unpickle(path):
     """The content of a pickle of arrays and texts. Raises InputError if it is broken or hostile."""
     try:
-        with open(path, "rb") as file:
-            return SafeUnpickler(file).load()
+        return SafeUnpickler(io.BytesIO(Path(path).read_bytes())).load()  # reads no more than it has
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     except FileNotFoundError:

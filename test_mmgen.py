@@ -307,6 +307,14 @@ def test_a_pickle_cannot_ask_for_gigabytes(tmp_path):
         path.write_bytes(call % 2**34)
         with pytest.raises(InputError):
             mmgen.load_pickled_data(path)
+    array = path.read_bytes()
+    for opcode in (b"\x96", b"\x8e", b"\x8d", b"\x95"):  # bytearray, bytes, text, frame of so many bytes
+        path.write_bytes(b"\x80\x05" + opcode + struct.pack("<Q", 2**34) + b"abc.")
+        started = time.monotonic()
+        with pytest.raises(InputError):
+            mmgen.load_pickled_data(path)
+        assert time.monotonic() - started < 1
+    path.write_bytes(array)
     assert mmgen.SafeUnpickler(io.BytesIO(path.read_bytes())).load().shape == (0,)
 
 
