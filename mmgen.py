@@ -494,7 +494,8 @@ class SafeUnpickler(pickle._Unpickler):  # in Python: C's allocates what a damag
 def unpickle(path):
     """The content of a pickle of arrays and texts. Raises InputError if it is broken or hostile."""
     try:
-        return SafeUnpickler(io.BytesIO(Path(path).read_bytes())).load()  # reads no more than it has
+        file = io.BytesIO(Path(path).read_bytes())  # whose read() allocates no more than there is
+        return SafeUnpickler(file).load()
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     except FileNotFoundError:
