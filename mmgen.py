@@ -197,7 +197,7 @@ PRESETS = {
     "laptop": dict(
         vqvae_dim=64, vqvae_D=64, vqvae_K=1024, attention=True, beta=2.0, extremes=0.5, ema=0.98,
         delay=100, restart=50, vqvae_steps=4500, vqvae_batch_size=32, vqvae_lr=3e-3,
-        vqvae_decay=True, dropout=0.0, igpt_steps=4300, igpt_batch_size=32, igpt_lr=2e-3,
+        vqvae_decay=True, dropout=0.0, igpt_steps=4000, igpt_batch_size=32, igpt_lr=2e-3,
         caption_weight=20.0, copies=2, single_steps=4000, finetune_steps=225, finetune_lr=0.002,
         lambda_xent=0.1, optimizer="muon"),
     "tiny": dict(
