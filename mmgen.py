@@ -1495,8 +1495,8 @@ def make_optimizer(cfg, groups, bf16=False):
 
 def create_cosine_scheduler(optimizer, warmup_steps=1000, total_steps=14_070):
     """A torch scheduler, to be stepped once a training step: all learning rates rise linearly for
-    warmup_steps, then fall as half a cosine to 0 at total_steps (default:
-    30 epochs of 60,000 rows in batches of 128, as in the notes)."""
+    warmup_steps, then fall as half a cosine to 0 at total_steps (default: 30 epochs of 60,000 rows
+    in batches of 128, as in the notes)."""
 
     def factor(step):
         if step < warmup_steps:
@@ -1877,10 +1877,10 @@ def generate(model, prompts, n_new, span, how, generator=None, unconditional=Non
 
     prompts: list of int64 (T_i,), of any lengths. span: (low, high), the only ids allowed; a mark
     may be among them only as `stop` or if n_new is 1, since what follows is placed as of one span.
-    n_new: at least 1. how: a
-    SamplingConfig. generator: on the model's device. unconditional: a prompt (T,) for guidance
-    without a classifier (Ho & Salimans 2022), logits = cond + w * (cond - uncond); both share a
-    batch and a cache. stop: a token after which the rest of a row is that token.
+    n_new: at least 1. how: a SamplingConfig. generator: on the model's device. unconditional: a
+    prompt (T,) for guidance without a classifier (Ho & Salimans 2022), logits = cond + w * (cond -
+    uncond); both share a batch and a cache. stop: a token after which the rest of a row is that
+    token. Raises InputError for a ParallelPredictor.
     """
     if not model.causal:
         raise InputError("a parallel predictor draws pictures from captions and does nothing else")
