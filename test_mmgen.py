@@ -480,6 +480,13 @@ def test_colour_extremes_are_part_of_the_loss():
     moved = x.roll(1, dims=2)
     assert compute_loss(x, moved, z, z) > compute_loss(x, flat, z, z)  # to squared error a miss is worse
     assert compute_loss(x, moved, z, z, extremes=1.0) < compute_loss(x, flat, z, z, extremes=1.0)
+    # Pictures whose side no window divides: their last rows count, too, and small ones are no error
+    for side in (4, 32):
+        x = torch.zeros(1, 3, side, side)
+        spot = x.clone()
+        spot[..., -1, -1] = 1
+        share = compute_loss(x, spot, z, z, extremes=1.0) / compute_loss(x, spot, z, z)
+        assert share > 2, side
 
 
 def test_codebook_and_encoder_receive_gradient():
@@ -645,6 +652,31 @@ def test_dropout_drops_the_share_it_says_and_keeps_the_mean():
     assert columns.min() > 0.03 and columns.max() < 0.2
     y.sum().backward()
     assert torch.equal(x.grad, y.detach())
+
+
+def test_some_sequences_train_without_the_sum_of_what_was_said():
+    torch.manual_seed(0)
+    vqvae, tokenizer, _ = small_models()
+    igpt = iGPT(tokenizer.vocab_size, 58, 32, 2, 2, dropout=0.0, said_dropout=0.5)
+    row = make_sequences(torch.randint(24, (1, 49)), tokenizer.encode_batch(TEXTS[:1]), tokenizer, "text_image")
+    _, said = igpt.locate(row.expand(400, -1))
+    silent = (said == 0).all(-1).all(-1)
+    assert 0.4 < silent.float().mean() < 0.6
+    assert torch.equal(said[~silent], said[~silent][:1].expand_as(said[~silent]))  # the others have all of it
+    igpt.eval()
+    assert torch.equal(igpt.locate(row)[1], said[~silent][:1])
+
+
+def test_causal_attention_counts_from_the_last_column():
+    q, k, v = torch.randn(3, 1, 2, 6, 8).to(torch.bfloat16).unbind(0)
+    whole = mmgen.attend(q, k, v, causal=True)
+    assert torch.equal(mmgen.attend(q[:, :, 4:], k, v, causal=True), whole[:, :, 4:])
+
+
+def test_quantizer_takes_bfloat16_features():
+    for ema in (0.0, 0.9):
+        z_q, tokens = mmgen.VectorQuantizer(5, 4, ema=ema)(torch.randn(2, 4, 3, 3).to(torch.bfloat16))
+        assert z_q.shape == (2, 4, 3, 3) and tokens.shape == (2, 3, 3)
 
 
 def test_dropout_only_in_training():
