@@ -861,7 +861,8 @@ class Tokenizer:
 # paints the picture from these vectors. The replacement has no gradient, so the decoder's gradient
 # is handed to the encoder as if nothing had been replaced ("straight through"), and two more loss
 # terms keep features and codes together. What goes wrong in practice is that most codes are never
-# the nearest and die: see the norm before the codebook, `delay` and `restart`.
+# the nearest and die: see the norm before the codebook, `delay` and `restart`. Copied, the section
+# wants InputError, processes and summed from the top of the file.
 
 
 class VectorQuantizer(nn.Module):
@@ -1006,13 +1007,13 @@ def attend(q, k, v, causal, mask=None):
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal and mask is None)
     # Where the kernel of PyTorch for CPUs is slow, plain products: five times as fast backward in
     # bfloat16, and 1.5 times as fast for a single query, as in every step of sampling
-    if mask is None:
-        mask = torch.ones(T, k.shape[2], dtype=torch.bool)
-        mask = mask.tril(k.shape[2] - T) if causal else mask
-    hide = torch.zeros(1, dtype=q.dtype).masked_fill(~mask, -math.inf)  # added to the scores
-    if hide.dim() == 4 and len(hide) > 1:  # (B,1,T,columns) -> (B*heads,T,columns)
-        hide = hide.expand(B, heads, -1, -1).flatten(0, 1)
-    scores = torch.baddbmm(hide.view(-1, *hide.shape[-2:]), q.flatten(0, 1), k.flatten(0, 1).mT,
+    if mask is None and causal and T > 1:
+        mask = torch.ones(1, 1, T, k.shape[2], dtype=torch.bool).tril(k.shape[2] - T)
+    hide = torch.zeros(1, 1, 1, dtype=q.dtype)  # added to the scores
+    if mask is not None:  # (B or 1,1,T,columns) -> (B*heads or 1,T,columns)
+        hide = hide.masked_fill(~mask, -math.inf)
+        hide = (hide.expand(B, heads, -1, -1) if len(mask) > 1 else hide).flatten(0, 1)
+    scores = torch.baddbmm(hide, q.flatten(0, 1), k.flatten(0, 1).mT,
                            alpha=head_dim**-0.5)  # (B*heads,T,columns)
     return (scores.softmax(-1) @ v.flatten(0, 1)).view(B, heads, T, head_dim)
 
@@ -1133,7 +1134,8 @@ def compute_loss(x, recon_x, z_e, z_q, beta=0.25, extremes=0.0):
 #
 # The usual decoder-only transformer (GPT-2's pre-norm block), with three things of its own: places
 # are counted from the last mark, one vector tells what the span before that mark said, and the
-# tables of the picture tokens are built from the codebook.
+# tables of the picture tokens are built from the codebook. To copy it, take SelfAttention and
+# attend from above with it.
 
 
 class KVCache:
@@ -1440,7 +1442,8 @@ def image_prompts(tokenizer, tokens):
 class Muon(torch.optim.Adam):
     """Adam, but in groups that say orthogonal=True the update is the momentum's nearest orthogonal
     matrix (Jordan et al. 2024), so that all directions of a matrix learn alike. Such groups hold
-    weights of two or more axes only and have a momentum of 0.95; betas are Adam's. No weight decay.
+    weights of two or more axes only, a momentum of 0.95 (betas are Adam's) and no weight decay.
+    Muon([{"params": matrices, "orthogonal": True, "lr": 0.02}, {"params": others}], lr=1e-3)
 
     torch.optim.Muon computes in bfloat16 one matrix at a time, which takes seconds on a CPU without
     bfloat16 units. Here the products are of the dtype asked for and batched over matrices of one
@@ -1459,7 +1462,7 @@ class Muon(torch.optim.Adam):
 
     @torch.no_grad()
     def step(self, closure=None):
-        """One update of all groups; takes the gradients of the orthogonal groups."""
+        """One update of all groups; sets the gradients of the orthogonal groups to None."""
         assert closure is None, "closures are for line searches, which this is not"
         for group in self.param_groups:
             by_shape = {}
