@@ -451,7 +451,7 @@ def colorize(ink, labels, rng):
     return images, np.array(captions)
 
 
-N_DRAWN = 40_000, 2_000  # pairs for training and for the test that are drawn unless asked otherwise
+N_DRAWN = 60_000, 2_000  # pairs for training and for the test that are drawn unless asked otherwise
 
 
 def make_drawn(n_train, n_test, size, seed):
