@@ -222,7 +222,7 @@ class SamplingConfig(Checked):
     top_k: int = knob(0, "only the k most likely tokens; 0: all", 0, 10**6)
     top_p: float = knob(1.0, "only the most likely tokens, down to this share in sum", 1e-6, 1)
     greedy: bool = knob(False, "always the most likely token")
-    guidance: float = knob(2.0, "of pictures by captions; 1: more varied; 0: none", 0, 100)
+    guidance: float = knob(3.0, "of pictures by captions; 1: more varied; 0: none", 0, 100)
     min_p: float = knob(0.1, "guided: only tokens this likely, relative to the likeliest", 0, 1)
 
 
