@@ -140,7 +140,7 @@ class Config(Checked):
     vqvae_D: int = knob(256, "length of a code", 2, 4096)
     attention: bool = knob(False, "self-attention on the token grid beside each residual block")
     beta: float = knob(0.25, "commitment weight; 0.1 to 2 work", 0, 100)
-    extremes: float = knob(0.0, "weight of colour extremes in the loss; 0.1 to 0.3", 0, 100)
+    extremes: float = knob(0.0, "weight of colour extremes in the loss; 0.1 to 0.5", 0, 100)
     ema: float = knob(0.0, "decay of EMA codes in phase 1; 0: they learn by gradient", 0, 0.9999)
     delay: int = knob(0, "first steps without quantization, at most a tenth of the phase", 0, 10**9)
     restart: int = knob(100, "restart codes unused for more batches, in the first 60 %; 0: never",
@@ -1908,15 +1908,15 @@ def generate(model, prompts, n_new, span, how, generator=None, unconditional=Non
     """
     if not model.causal:
         raise InputError("a parallel predictor draws pictures from captions and does nothing else")
-    length = max(map(len, prompts)) + n_new - 1  # nothing follows the last token: it is not fed
-    if length > model.context_length:
-        raise InputError(f"{length} tokens, the context holds {model.context_length}")
     was_training, device, B = model.training, next(model.parameters()).device, len(prompts)
-    model.eval()
     guided = unconditional is not None and how.guidance > 0
     tokens, pad = left_pad(prompts + [unconditional] * B * guided, model.vocab_size - 1)
     tokens, pad = tokens.to(device), pad if pad is None else pad.to(device)
     rows, T = tokens.shape
+    length = T + n_new - 1  # nothing follows the last token: it is not fed
+    if length > model.context_length:
+        raise InputError(f"{length} tokens, the context holds {model.context_length}")
+    model.eval()
     cache = model.new_cache(rows, length, pad)
     tables, (places, said) = model.tables(), model.locate(tokens)
     logits = model(tokens, (places, said), cache, 0, tables, span)[:, -1]  # prefill: all at once
@@ -1984,18 +1984,18 @@ def complete_images(model, tokenizer, tokens, n_tokens, how, generator=None):
 def complete_captions(model, tokenizer, captions, how, generator=None):
     """Captions of which some are only begun -> whole captions. One after which the model thinks
     its end most likely is left as it is. Raises InputError as text_encode does."""
-    t, out = tokenizer, list(captions)
+    t, out, likeliest = tokenizer, list(captions), dataclasses.replace(how, greedy=True)
     prompts = [text_prompt(t, c)[:-1] for c in captions]  # BOS EOI and the words
     for n_words in range(1, t.caption_length):
         alike = [i for i, p in enumerate(prompts) if len(p) == n_words + 2]
         for rows in _chunks(alike):
-            part, likeliest = [prompts[i] for i in rows], dataclasses.replace(how, greedy=True)
+            part = [prompts[i] for i in rows]
             next_word = generate(model, part, 1, t.text_span, likeliest)[:, 0]
             more = generate(model, part, t.caption_length - n_words, t.text_span, how, generator,
                             stop=t.end_of_text_token)
             for i, word, row in zip(rows, next_word, more):
                 if word != t.end_of_text_token:
-                    out[i] = f"{captions[i]} {t.text_decode(row)}"
+                    out[i] = " ".join([*captions[i].split(), t.text_decode(row)])
     return out
 
 
