@@ -139,6 +139,7 @@ class Config(Checked):
     vqvae_K: int = knob(128, "codes; more sharpen pictures and cost the iGPT time", 2, 65536)
     vqvae_D: int = knob(256, "length of a code", 2, 4096)
     attention: bool = knob(False, "self-attention on the token grid beside each residual block")
+    factored: bool = knob(False, "code shapes and colours apart: see FactoredVQVAE")
     beta: float = knob(0.25, "commitment weight; 0.1 to 2 work", 0, 100)
     extremes: float = knob(0.0, "weight of colour extremes in the loss; 0.1 to 0.5", 0, 100)
     ema: float = knob(0.0, "decay of EMA codes in phase 1; 0: they learn by gradient", 0, 0.9999)
@@ -201,8 +202,8 @@ PRESETS = {
     # Codes that learn by gradient end better than EMA codes (of 2,000 reconstructed digits 96 %
     # are read right after 4,500 steps, not 95), but in runs of 2,000 steps --ema 0.98 is ahead.
     "laptop": dict(
-        vqvae_dim=64, vqvae_D=64, vqvae_K=1024, attention=True, beta=2.0, extremes=0.5,
-        delay=100, restart=50, vqvae_steps=6500, vqvae_batch_size=32, vqvae_lr=3e-3,
+        vqvae_dim=64, vqvae_D=64, vqvae_K=1024, attention=True, factored=True, beta=2.0,
+        extremes=0.5, delay=100, restart=50, vqvae_steps=6500, vqvae_batch_size=32, vqvae_lr=3e-3,
         vqvae_decay=True, dropout=0.0, igpt_steps=4000, igpt_batch_size=32, igpt_lr=8e-3,
         caption_weight=20.0, copies=2, single_steps=4500, finetune_steps=225, finetune_lr=0.002,
         lambda_xent=0.003, lambda_warmup=0.15, lambda_ramp=0.05, said_dropout=0.3,
@@ -1087,18 +1088,28 @@ class VQVAE(nn.Module):
 
     def forward(self, x):
         """x (B,3,H,W) in [-1,1] -> z_e (B,D,h,w), z_q (B,D,h,w), recon_x (B,3,H,W)."""
-        z_e = self.encoder(x)
-        z_q, _ = self.codebook(z_e)
-        return z_e, z_q, self.reconstruct(z_e, z_q)
+        z_e, z_q, recon_x, _ = self.forward_with_tokens(x)
+        return z_e, z_q, recon_x
 
-    def reconstruct(self, z_e, z_q):
-        """Decode z_q; the decoder's gradient goes straight through to z_e (Bengio et al. 2013)."""
-        return self.decoder(z_e + (z_q - z_e).detach())
+    def forward_with_tokens(self, x):
+        """As forward, and the tokens int64 (B,h,w)."""
+        z_e = self.encode(x)
+        z_q, tokens = self.codebook(z_e)
+        # In value z_q, in gradient z_e: straight through the codebook (Bengio et al. 2013)
+        return z_e, z_q, self.decode(z_e + (z_q - z_e).detach()), tokens
+
+    def encode(self, x):
+        """Pictures (B,3,H,W) in [-1,1] -> features z_e (B,D,h,w)."""
+        return self.encoder(x)
+
+    def decode(self, z):
+        """Code vectors (B,D,h,w) of any grid -> pictures (B,3,4h,4w)."""
+        return self.decoder(z)
 
     @torch.no_grad()
     def get_tokens(self, x):
         """Pictures (B,3,H,W) in [-1,1] -> tokens int64 (B,h,w). Tracks nothing, in training too."""
-        z_e = self.encoder(x).movedim(1, -1)  # (B,h,w,D)
+        z_e = self.encode(x).movedim(1, -1)  # (B,h,w,D)
         return self.codebook.nearest(z_e.flatten(0, 2)).view(z_e.shape[:3])
 
     def decode_tokens(self, tokens):
@@ -1110,7 +1121,68 @@ class VQVAE(nn.Module):
             if tokens.shape[1] != math.prod(self.grid):
                 raise InputError(f"{tokens.shape[1]} tokens do not make a grid of {self.grid}")
             tokens = tokens.view(-1, *self.grid)
-        return self.decoder(F.embedding(tokens, self.codebook.weight).movedim(-1, 1))
+        return self.decode(F.embedding(tokens, self.codebook.weight).movedim(-1, 1))
+
+
+@torch.no_grad()
+@torch.autocast("cpu", enabled=False)
+@torch.autocast("cuda", enabled=False)
+def own_colors(x):
+    """Pictures (B,3,H,W) -> the same in colours of their own, y (B,3,H,W) in [-1,1], and the way
+    back, colors (B,3,4): a pixel of x is colors @ (1, its three values in y).
+
+    The axes of y are the principal axes of the picture's pixels in RGB (the Karhunen-Loeve colour
+    transform, here of each picture by itself), each stretched to its range and turned so that most
+    of the picture lies in the lower half. So a red seven on blue and a white one on black have the
+    same y. An axis of a range below 0.1 is not stretched as far, for it is mostly noise.
+    """
+    pixels = x.float().flatten(2)  # (B,3,H*W)
+    mean = pixels.mean(2, keepdim=True)  # (B,3,1)
+    cov = (pixels - mean) @ (pixels - mean).mT / pixels.shape[2]  # (B,3,3)
+    axes = torch.linalg.eigh(cov).eigenvectors.flip(2)  # (B,3,3), a column each, the longest first
+    along = axes.mT @ (pixels - mean)  # (B,3,H*W), of mean 0 on each axis
+    high, low = along.amax(2, keepdim=True), along.amin(2, keepdim=True)  # (B,3,1)
+    middle, half = (high + low) / 2, ((high - low) / 2).clamp(min=0.05)
+    turn = torch.where(middle < 0, -1.0, 1.0)  # the mean, 0, shall lie below the middle
+    axes, along, middle = axes * turn.mT, along * turn, middle * turn
+    y = ((along - middle) / half).view_as(x)
+    return y, torch.cat([mean + axes @ middle, axes * half.mT], 2)
+
+
+CORNERS = (..., [[0], [-1]], [0, -1])  # of a grid (B,C,h,w): (B,C,2,2)
+
+
+class FactoredVQVAE(VQVAE):
+    """A VQVAE whose tokens tell shapes and colours apart. Constructor and calls are VQVAE's.
+
+    A plain one learns combinations: of the 9.8 bits of a token in the middle of a coloured digit,
+    2.1 tell the ground's colour and 1.7 the ink's, again in every token. Here encoder and decoder
+    see pictures in their own_colors, and the way back to RGB, twelve numbers, travels in the four
+    corner tokens, added to what they say of their corner. On handwriting in 29 colours 4,000 steps
+    led to an error of 0.0035 instead of 0.0233, and the iGPT's captions profit as much.
+    """
+
+    def __init__(self, dim=256, K=128, D=256, **options):
+        super().__init__(dim, K, D, **options)
+        self.colors_in = nn.Sequential(nn.Linear(12, dim), nn.ReLU(), nn.Linear(dim, 4 * D))
+        self.colors_out = nn.Sequential(nn.Linear(4 * D, dim), nn.ReLU(), nn.Linear(dim, 12))
+        with torch.no_grad():  # at first a picture is shown in the colours it is decoded in
+            self.colors_out[2].bias.copy_(torch.eye(3, 4).roll(1, 1).flatten())
+        self.norm = ChannelNorm(D)
+
+    def encode(self, x):
+        """Pictures (B,3,H,W) in [-1,1] -> features z_e (B,D,h,w)."""
+        y, colors = own_colors(x)
+        z = self.encoder(y)  # (B,D,h,w)
+        z[CORNERS] += self.colors_in(colors.flatten(1)).view(len(x), -1, 2, 2).to(z.dtype)
+        return self.norm(z)
+
+    def decode(self, z):
+        """Code vectors (B,D,h,w) of any grid -> pictures (B,3,4h,4w)."""
+        y = self.decoder(z).float()
+        colors = self.colors_out(z[CORNERS].flatten(1)).float().view(-1, 3, 4)
+        with torch.autocast(z.device.type, enabled=False):
+            return (colors[..., 1:] @ y.flatten(2) + colors[..., :1]).view_as(y)
 
 
 def compute_loss(x, recon_x, z_e, z_q, beta=0.25, extremes=0.0):
@@ -1503,7 +1575,7 @@ class Muon(torch.optim.Adam):
 def is_matrix(name, p):
     """Does Muon handle this parameter? Weights of linear maps and convolutions inside the network;
     not embeddings and outputs, whose rows belong to tokens, nor filters on three colours."""
-    layer = name.split(".")[0] in ("blocks", "encoder", "decoder")
+    layer = name.split(".")[0] in ("blocks", "encoder", "decoder", "colors_in", "colors_out")
     return layer and p.dim() in (2, 4) and min(p.shape[:2]) > 3
 
 
@@ -1697,9 +1769,7 @@ def measure_reconstruction(vqvae, batches, beta=0.25, extremes=0.0):
     entropy). For a model in eval mode; in training mode its codebook would take part."""
     loss = mse = n = counts = 0
     for x in batches:
-        z_e = vqvae.encoder(x)
-        z_q, tokens = vqvae.codebook(z_e)  # tokens (B,h,w)
-        recon_x = vqvae.reconstruct(z_e, z_q)
+        z_e, z_q, recon_x, tokens = vqvae.forward_with_tokens(x)
         loss += compute_loss(x, recon_x, z_e, z_q, beta, extremes).item() * len(x)
         mse += F.mse_loss(recon_x, x).item() * len(x)
         n += len(x)
@@ -1794,10 +1864,8 @@ class JointTrainer(Trainer):
     def loss(self, batch):
         """The joint loss; while lambda is 0 the transformer is not even run."""
         x, text_ids = batch
-        z_e = self.vqvae.encoder(x)  # (B,D,h,w)
-        z_q, tokens = self.vqvae.codebook(z_e)
-        recon_x = self.vqvae.reconstruct(z_e, z_q).float()
-        loss = compute_loss(x, recon_x, z_e, z_q, self.beta, self.extremes)
+        z_e, z_q, recon_x, tokens = self.vqvae.forward_with_tokens(x)
+        loss = compute_loss(x, recon_x.float(), z_e, z_q, self.beta, self.extremes)
         weight = self.lambda_now()
         if not weight:
             return loss, {"vqvae": loss.item(), "lambda": 0.0}
@@ -2199,8 +2267,9 @@ def fingerprint(tensor):
 
 def build_vqvae(cfg, size):
     """The VQ-VAE of a Config, which it carries as .config, for pictures of size (H, W)."""
-    vqvae = VQVAE(cfg.vqvae_dim, cfg.vqvae_K, cfg.vqvae_D, cfg.attention, size, cfg.ema, cfg.delay,
-                  cfg.restart)
+    build = FactoredVQVAE if cfg.factored else VQVAE
+    vqvae = build(cfg.vqvae_dim, cfg.vqvae_K, cfg.vqvae_D, attention=cfg.attention, size=size,
+                  ema=cfg.ema, delay=cfg.delay, restart=cfg.restart)
     vqvae.config = cfg
     return vqvae
 

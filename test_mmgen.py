@@ -26,8 +26,8 @@ import torch
 import torch.nn.functional as F
 
 import mmgen
-from mmgen import (Config, InputError, JointTrainer, KVCache, SamplingConfig, Tokenizer, VectorQuantizer, VQVAE,
-                   VQVAETrainer, compute_loss, create_dataset, iGPT, iGPTTrainer, make_sequences)
+from mmgen import (Config, FactoredVQVAE, InputError, JointTrainer, KVCache, SamplingConfig, Tokenizer, VectorQuantizer,
+                   VQVAE, VQVAETrainer, compute_loss, create_dataset, iGPT, iGPTTrainer, make_sequences)
 
 MMGEN = Path(mmgen.__file__)
 torch.set_num_threads(1)  # tiny models gain nothing from more, and results must not depend on the machine
@@ -441,9 +441,11 @@ def test_caption_weight_is_on_captions_after_a_picture_only():
 # --- VQ-VAE -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size,D,attention", [((28, 28), 16, False), ((32, 32), 8, True), ((16, 40), 16, True)])
-def test_vqvae_shapes(size, D, attention):
-    vqvae = VQVAE(16, 24, D, attention, size).eval()
+@pytest.mark.parametrize("kind", [VQVAE, FactoredVQVAE])
+@pytest.mark.parametrize("size,D,attention", [((28, 28), 16, False), ((32, 32), 8, True), ((16, 40), 16, True),
+                                              ((4, 8), 16, False)])
+def test_vqvae_shapes(kind, size, D, attention):
+    vqvae = kind(16, 24, D, attention=attention, size=size).eval()
     x = torch.rand(3, 3, *size) * 2 - 1
     z_e, z_q, recon = vqvae(x)
     h, w = size[0] // 4, size[1] // 4
@@ -453,6 +455,45 @@ def test_vqvae_shapes(size, D, attention):
     assert torch.equal(vqvae.decode_tokens(tokens), vqvae.decode_tokens(tokens.flatten(1)))
     assert torch.allclose(vqvae.decode_tokens(tokens), recon, atol=1e-5)
     assert vqvae.n_embeddings == 24
+
+
+def recolored(mask, low, high):
+    """Masks (B,H,W) in [0,1] -> pictures (B,3,H,W) that go from the colours low to high, (B,3) each."""
+    return low[..., None, None] + (high - low)[..., None, None] * mask[:, None]
+
+
+def test_own_colors_lead_back_and_do_not_depend_on_colors():
+    torch.manual_seed(0)
+    x = torch.rand(5, 3, 12, 8) * 2 - 1
+    x[1] = 0.3  # a single colour
+    y, colors = mmgen.own_colors(x)
+    back = colors[..., 1:] @ y.flatten(2) + colors[..., :1]
+    assert torch.allclose(back.view_as(x), x, atol=1e-5) and y.abs().max() <= 1 and not y[1].any()
+    mask = (torch.rand(4, 12, 12) < 0.3).float()
+    low, high = torch.tensor([-1.0, 0.5, 0.0]).expand(4, 3), torch.tensor([0.2, -1.0, 0.9]).expand(4, 3)
+    one, other, swapped = (mmgen.own_colors(recolored(mask, *c))[0] for c in ((low, high), (-high, -low), (high, low)))
+    assert torch.allclose(one, other, atol=1e-4)
+    assert torch.allclose(one, swapped, atol=1e-4)  # which of two colours is the ground, the picture says
+    assert (one[:, 0] > 0).float().eq(mask).all()
+
+
+def test_factored_vqvae_keeps_colors_in_the_corners():
+    torch.manual_seed(0)
+    vqvae = FactoredVQVAE(16, 24, 8, attention=True, size=(16, 16)).eval()
+    mask = (torch.rand(3, 16, 16) < 0.3).float()
+    pictures = [recolored(mask, *torch.rand(2, 3, 3) * 2 - 1) for _ in range(2)]
+    one, other = (vqvae.encode(x) for x in pictures)
+    corner = torch.zeros(4, 4, dtype=torch.bool)
+    corner[::3, ::3] = True
+    assert torch.allclose(one[..., ~corner], other[..., ~corner], atol=1e-3)
+    assert not torch.allclose(one[..., corner], other[..., corner], atol=1e-1)
+    # and colours reach the picture from there alone: shape tokens decode to the same y
+    z = one.clone()
+    z[mmgen.CORNERS] = other[mmgen.CORNERS]
+    assert not torch.allclose(vqvae.decode(z), vqvae.decode(one), atol=1e-2)
+    z_e, z_q, recon_x = vqvae.train()(pictures[0])
+    compute_loss(pictures[0], recon_x, z_e, z_q).backward()
+    assert all(p.grad.abs().sum() > 0 for p in (vqvae.colors_in[0].weight, vqvae.colors_out[0].weight))
 
 
 def test_decoding_refuses_what_is_no_picture():
