@@ -496,6 +496,17 @@ def test_factored_vqvae_keeps_colors_in_the_corners():
     assert all(p.grad.abs().sum() > 0 for p in (vqvae.colors_in[0].weight, vqvae.colors_out[0].weight))
 
 
+def test_two_colored_pictures_are_told_from_busier_ones(tmp_path):
+    images = drawn(30, 4)["train_images"]
+    assert mmgen.two_colored(images) and mmgen.two_colored(images[:1])
+    noise = np.random.default_rng(0).normal(0, 10, images.shape)
+    assert mmgen.two_colored((images + noise).clip(0, 255).astype(np.uint8))
+    third = images.copy()
+    third[:, 10:20, :10] = 255 - third[:, 10:20, :10].mean((1, 2), keepdims=True)[..., ::-1]
+    assert not mmgen.two_colored(third)
+    assert not mmgen.two_colored(np.full((3, 8, 8, 3), 7, np.uint8))  # nothing varies at all
+
+
 def test_decoding_refuses_what_is_no_picture():
     vqvae = VQVAE(dim=8, K=8, D=4, size=(8, 8))
     assert vqvae.decode_tokens(torch.zeros(3, 4, dtype=torch.int64)).shape == (3, 3, 8, 8)
