@@ -98,7 +98,7 @@ def summed(tensor):
     return tensor
 
 
-# --- Config: every hyperparameter, its default, its range and its reason, in one place ------------
+# --- Config: every setting of a run, its default, its range and its reason, in one place ----------
 
 
 def knob(default, text, low=None, high=None, choices=None):
@@ -201,13 +201,11 @@ PRESETS = {
     "full": {},
     # Small batches, no dropout: a laptop sees each picture a few times only, and what counts is
     # learning per second. Lengths are in steps, so that the time does not depend on the data.
-    # Codes that learn by gradient end better than EMA codes (of 2,000 reconstructed digits 96 %
-    # are read right after 4,500 steps, not 95), but in runs of 2,000 steps --ema 0.98 is ahead.
     "laptop": dict(
         vqvae_dim=64, vqvae_D=64, vqvae_K=1024, attention=True, factored="auto", beta=2.0,
-        extremes=0.5, delay=100, restart=50, vqvae_steps=6500, vqvae_batch_size=32, vqvae_lr=3e-3,
+        extremes=0.5, delay=100, restart=50, vqvae_steps=3500, vqvae_batch_size=32, vqvae_lr=3e-3,
         vqvae_decay=True, dropout=0.0, igpt_steps=4000, igpt_batch_size=32, igpt_lr=8e-3,
-        caption_weight=20.0, copies=2, single_steps=4500, finetune_steps=225, finetune_lr=0.002,
+        caption_weight=20.0, copies=2, single_steps=4500, finetune_steps=175, finetune_lr=0.002,
         lambda_xent=0.003, lambda_warmup=0.15, lambda_ramp=0.05, said_dropout=0.3,
         optimizer="muon"),
     "tiny": dict(
@@ -866,9 +864,9 @@ class Tokenizer:
 # paints the picture from these vectors. The replacement has no gradient, so the decoder's gradient
 # is handed to the encoder as if nothing had been replaced ("straight through"), and two more loss
 # terms keep features and codes together. What goes wrong in practice is that most codes are never
-# the nearest and die: see the norm before the codebook, `delay` and `restart`. FactoredVQVAE, last
-# of all, spares the codes what colours have in common. Copied, the section wants InputError,
-# processes and summed from the top of the file.
+# the nearest and die: see the norm before the codebook, `delay` and `restart`. FactoredVQVAE frees
+# most tokens from repeating the colours. Copied, the section wants InputError, processes and summed
+# from the top of the file; parameters stay float32 (for bfloat16 use autocast).
 
 
 class VectorQuantizer(nn.Module):
@@ -878,7 +876,8 @@ class VectorQuantizer(nn.Module):
     each code is a moving average, of this decay, of the features it was the nearest to, and gets no
     gradient. delay: training batches that pass unquantized; in the first one after them (0: in the
     very first) all codes are put onto features. restart: a code unused for more than this many
-    training batches is put onto a feature (0: never), until batch number restart_until.
+    training batches is put onto a feature (0: never), until batch number restart_until, which is
+    for the training loop to set.
     """
 
     def __init__(self, K, D, ema=0.0, delay=0, restart=100):
@@ -1049,10 +1048,9 @@ class GridAttention(nn.Module):
 class VQVAE(nn.Module):
     """Pictures to tokens and back. VQVAE(dim=256, K=128, D=256) is the configuration of the notes.
 
-    dim: channels. K: codes. D: length of a code.
-    attention: a GridAttention beside each residual block. size: (H, W) of the pictures, to
-    fold flat rows of tokens. The rest: see VectorQuantizer. Raises InputError for a size
-    that is not divisible by 4.
+    dim: channels. K: codes. D: length of a code. attention: a GridAttention beside each residual
+    block. size: (H, W) of the pictures: where attention learns places, and how flat rows of tokens
+    fold. The rest: see VectorQuantizer. Raises InputError for a size not divisible by 4.
     """
 
     def __init__(self, dim=256, K=128, D=256, attention=False, size=(28, 28), ema=0.0, delay=0,
@@ -1119,7 +1117,7 @@ class VQVAE(nn.Module):
         return self.codebook.nearest(z_e.flatten(0, 2)).view(z_e.shape[:3])
 
     def decode_tokens(self, tokens):
-        """Tokens (B,h,w) of any grid, or flat (B,h*w) of the model's own -> pictures (B,3,H,W).
+        """Tokens (B,h,w) of any grid, or flat (B,h*w) of the model's own -> pictures (B,3,4h,4w).
         Raises InputError for other lengths and for ids that are no codes."""
         if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.n_embeddings:
             raise InputError(f"picture tokens must be in 0..{self.n_embeddings - 1}")
@@ -1135,12 +1133,13 @@ class VQVAE(nn.Module):
 @torch.autocast("cuda", enabled=False)
 def own_colors(x):
     """Pictures (B,3,H,W) -> the same in colours of their own, y (B,3,H,W) in [-1,1], and the way
-    back, colors (B,3,4): a pixel of x is colors @ (1, its three values in y).
+    back, colors (B,3,4): a pixel of x is colors @ (1, its three values in y). No gradient to x.
 
     The axes of y are the principal axes of the picture's pixels in RGB (the Karhunen-Loeve colour
-    transform, here of each picture by itself), each stretched to its range and turned so that most
-    of the picture lies in the lower half. So a red seven on blue and a white one on black have the
-    same y. An axis of a range below 0.1 is not stretched as far, for it is mostly noise.
+    transform, here of each picture by itself), each stretched to its range and turned so that the
+    mean lies below the middle. So a red seven on blue and a white one on black have the same y. An
+    axis of a range below 0.1 is not stretched as far, and one below 0.02 is left out: its direction
+    would be that of rounding errors.
     """
     pixels = x.float().flatten(2)  # (B,3,H*W)
     mean = pixels.mean(2, keepdim=True)  # (B,3,1)
@@ -1150,53 +1149,62 @@ def own_colors(x):
     high, low = along.amax(2, keepdim=True), along.amin(2, keepdim=True)  # (B,3,1)
     middle, half = (high + low) / 2, ((high - low) / 2).clamp(min=0.05)
     turn = torch.where(middle < 0, -1.0, 1.0)  # the mean, 0, shall lie below the middle
+    turn = turn * (high - low >= 0.02)
     axes, along, middle = axes * turn.mT, along * turn, middle * turn
     y = ((along - middle) / half).view_as(x)
     return y, torch.cat([mean + axes @ middle, axes * half.mT], 2)
 
 
 def two_colored(images):
-    """Pictures uint8 (M,H,W,3) -> does each vary between two colours (one axis holds 95 % of its
-    variance)? In busier pictures the axes themselves are unsteady, and to factor them does harm:
-    digits over a gradient and an ellipse, 1,500 steps: an error of 0.054 instead of 0.026."""
-    some = torch.from_numpy(images[:: -(-len(images) // 1000)]).flatten(1, 2).float()  # (m,H*W,3)
+    """NumPy pictures uint8 (M,H,W,3) -> do they, taken together, vary along one axis of RGB each
+    (with 95 % of their variance), as between two colours? In busier pictures the axes themselves
+    are unsteady, and to factor them does harm: with digits over a gradient and an ellipse 1,500
+    steps led to an error of 0.054 instead of 0.026."""
+    some = np.ascontiguousarray(images[:: -(-len(images) // 1000)])
+    some = torch.from_numpy(some).flatten(1, 2).float()  # (m,H*W,3)
     some = some - some.mean(1, keepdim=True)
     spread = torch.linalg.eigvalsh(some.mT @ some).sum(0)  # (3,), ascending
     return bool(spread[2] > 0.95 * spread.sum())
 
 
-CORNERS = (..., [[0], [-1]], [0, -1])  # of a grid (B,C,h,w): (B,C,2,2)
+def corners(z):
+    """The four corner cells of grids (B,C,h,w), h and w at least 2: a view (B,C,2,2)."""
+    return z[..., :: z.shape[2] - 1, :: z.shape[3] - 1]
 
 
 class FactoredVQVAE(VQVAE):
-    """A VQVAE whose tokens tell shapes and colours apart. Constructor and calls are VQVAE's.
+    """A VQVAE that codes shapes apart from colours. Constructor and calls are VQVAE's.
 
     A plain one learns combinations: of the 9.8 bits of a token in the middle of a coloured digit,
     2.1 tell the ground's colour and 1.7 the ink's, again in every token. Here encoder and decoder
     see pictures in their own_colors, and the way back to RGB, twelve numbers, travels in the four
     corner tokens, added to what they say of their corner. On handwriting in 29 colours 4,000 steps
-    led to an error of 0.0035 instead of 0.0233, and the iGPT's captions profit as much.
+    led to an error of 0.0035 instead of 0.0233, and the iGPT's captions profit as much. For
+    pictures that are two_colored. Raises InputError also for a grid of a single row or column.
     """
 
-    def __init__(self, dim=256, K=128, D=256, **options):
-        super().__init__(dim, K, D, **options)
+    def __init__(self, dim=256, K=128, D=256, *options, **more):
+        super().__init__(dim, K, D, *options, **more)
+        if min(self.grid) < 2:
+            raise InputError(f"picture size {self.size}: the tokens have no four corners")
         self.colors_in = nn.Sequential(nn.Linear(12, dim), nn.ReLU(), nn.Linear(dim, 4 * D))
         self.colors_out = nn.Sequential(nn.Linear(4 * D, dim), nn.ReLU(), nn.Linear(dim, 12))
-        with torch.no_grad():  # at first a picture is shown in the colours it is decoded in
+        with torch.no_grad():  # at first the picture is about y itself
             self.colors_out[2].bias.copy_(torch.eye(3, 4).roll(1, 1).flatten())
-        self.norm = ChannelNorm(D)
+        self.norm = ChannelNorm(D)  # of shape and colour together, in the corners
 
     def encode(self, x):
         """Pictures (B,3,H,W) in [-1,1] -> features z_e (B,D,h,w)."""
         y, colors = own_colors(x)
         z = self.encoder(y)  # (B,D,h,w)
-        z[CORNERS] += self.colors_in(colors.flatten(1)).view(len(x), -1, 2, 2).to(z.dtype)
+        corner = corners(z)  # (B,D,2,2)
+        corner += self.colors_in(colors.flatten(1)).view(corner.shape)
         return self.norm(z)
 
     def decode(self, z):
         """Code vectors (B,D,h,w) of any grid -> pictures (B,3,4h,4w)."""
         y = self.decoder(z).float()
-        colors = self.colors_out(z[CORNERS].flatten(1)).float().view(-1, 3, 4)
+        colors = self.colors_out(corners(z).flatten(1)).float().view(-1, 3, 4)
         with torch.autocast(z.device.type, enabled=False):
             return (colors[..., 1:] @ y.flatten(2) + colors[..., :1]).view_as(y)
 
@@ -1224,8 +1232,8 @@ def compute_loss(x, recon_x, z_e, z_q, beta=0.25, extremes=0.0):
 #
 # The usual decoder-only transformer (GPT-2's pre-norm block), with three things of its own: places
 # are counted from the last mark, one vector tells what the span before that mark said, and the
-# tables of the picture tokens are built from the codebook. To copy it, take SelfAttention and
-# attend from above with it.
+# tables of the picture tokens are built from the codebook. To copy it, take InputError,
+# SelfAttention and attend from above with it; to sample, the section Sampling and SamplingConfig.
 
 
 class KVCache:
@@ -1288,8 +1296,8 @@ class iGPT(nn.Module):
     row are its own vector plus a learned linear map of its standardized code vector: codes that
     look alike share what is learned about one of them, and gradient can reach the codebook. It is
     referred to, not owned: neither among parameters() nor in state_dict(); .to() leaves it where it
-    is, and a deepcopy gets one of its own. said_dropout: share of the sequences that train without
-    the sum of the span before, see below.
+    is, a deepcopy gets one of its own, and it gathers gradient unless frozen. said_dropout: share
+    of the sequences that train without the sum of the span before, see below.
     """
 
     causal = True  # a position sees itself and what came before
@@ -1470,7 +1478,8 @@ def mixed_sequences(tokens, text_ids, tokenizer, orders):
 
 class Sequences(Dataset):
     """Picture tokens (C*M,N), C copies of M pictures one after the other, and captions
-    (M,L+1), handed out as batches of sequences (B,T) in the given orders."""
+    (M,L+1), handed out as batches of sequences (B,T) in the given orders: index it with all rows of
+    a batch at once, as make_loader does."""
 
     def __init__(self, tokens, text_ids, tokenizer, orders):
         self.tokens, self.text_ids = tokens, text_ids
@@ -1499,7 +1508,7 @@ def extract_tokens(vqvae, images, batch_size=250, augment=None):
 
 def create_dataset(images, texts, vqvae, tokenizer, batch_size=128, orders=ORDERS[:2], seed=0):
     """Pictures (M,H,W,3) in any accepted range and M captions -> a loader of sequences int64 (B,T),
-    shuffled anew each epoch, each batch in equal parts of the orders. Raises InputError for
+    shuffled anew each epoch, each batch in about equal parts of the orders. Raises InputError for
     pictures or captions that do not fit."""
     images = to_uint8(images)[0]
     if len(images) != len(texts):
@@ -2283,6 +2292,8 @@ def fingerprint(tensor):
 
 def build_vqvae(cfg, size):
     """The VQ-VAE of a Config, which it carries as .config, for pictures of size (H, W)."""
+    if cfg.factored == "auto":
+        raise InputError("factored is auto: whether on or off is for two_colored(pictures) to say")
     build = FactoredVQVAE if cfg.factored == "on" else VQVAE
     vqvae = build(cfg.vqvae_dim, cfg.vqvae_K, cfg.vqvae_D, attention=cfg.attention, size=size,
                   ema=cfg.ema, delay=cfg.delay, restart=cfg.restart)
@@ -2786,9 +2797,10 @@ def train_run(folder, regime, cfg, data, device, resume=False, overwrite=False, 
     if empty and empty != ["finetune"]:
         raise InputError(f"--{empty[0]}-epochs 0: only finetune can be skipped")
     if cfg.factored == "auto":
-        cfg = dataclasses.replace(cfg, factored="on" if two_colored(data.vqvae_train) else "off")
+        apart = two_colored(data.vqvae_train) and min(data.train_images.shape[1:3]) >= 8
+        cfg = dataclasses.replace(cfg, factored="on" if apart else "off")
         log(f"--factored {cfg.factored}: the pictures "
-            + ("have two colours each" if cfg.factored == "on" else "are of many colours"))
+            + ("have two colours each" if apart else "are small or of many colours"))
     run = Run(folder, regime, cfg, data)
     if not run.begin(resume, overwrite):
         return None
