@@ -500,6 +500,34 @@ def test_factored_vqvae_keeps_colors_in_the_corners():
         FactoredVQVAE(16, 24, 8, size=(4, 8))
 
 
+def test_restarted_codes_go_where_the_error_is():
+    torch.manual_seed(0)
+    quantizer = VectorQuantizer(32, 4)
+    quantizer.weight.data.zero_()
+    flat = 0.01 * torch.randn(1000, 4)  # well coded, all but ten
+    flat[:10] = 5.0
+    which = torch.arange(32) < 8
+    quantizer._replace(which, flat)
+    assert (quantizer.weight[which] > 4).all() and not quantizer.weight[~which].any()
+    quantizer._replace(which, torch.zeros(50, 4))  # no error anywhere is no error either
+
+
+def test_the_preset_decides_by_the_pictures_whether_to_factor(tmp_path, capsys):
+    arrays = drawn(40, 8, 16)
+    flags = ["--preset", "tiny", "--factored", "auto", "--vqvae-steps", "3", "--phase", "vqvae"]
+    for name, busy in (("two", False), ("many", True)):
+        if busy:
+            noise = np.random.default_rng(0).integers(0, 256, arrays["train_images"].shape, np.uint8)
+            arrays["train_images"] = noise
+        mmgen.write_pairs(tmp_path / name, arrays)
+        assert mmgen.main(["train", *flags, "--data", str(tmp_path / name), "--run", str(tmp_path / name)]) == 0
+        vqvae = mmgen.load_vqvae(tmp_path / name / "checkpoints" / "vqvae_model.pth")
+        assert isinstance(vqvae, FactoredVQVAE) is not busy
+        assert f"--factored {'off' if busy else 'on'}" in capsys.readouterr().err
+    with pytest.raises(InputError, match="auto"):
+        mmgen.build_vqvae(Config(factored="auto"), (28, 28))
+
+
 def test_two_colored_pictures_are_told_from_busier_ones(tmp_path):
     images = drawn(30, 4)["train_images"]
     assert mmgen.two_colored(images) and mmgen.two_colored(images[:1])
@@ -1153,8 +1181,8 @@ def test_resume_gives_the_same_weights(tmp_path, data_dir):
 @pytest.mark.parametrize("regime", ["two-stage", "single", "multi"])
 def test_kill_9_at_any_moment_then_resume(tmp_path, data_dir, regime):
     """Killed again and again, the run ends with the weights of the one that never was."""
-    args = ["train", "--phase", regime, "--preset", "tiny", "--optimizer", "muon", "--vqvae-steps", "40", "--igpt-steps",
-            "40", "--finetune-steps", "10", "--single-steps", "40", "--data", str(data_dir)]
+    args = ["train", "--phase", regime, "--preset", "tiny", "--optimizer", "muon", "--factored", "auto", "--vqvae-steps",
+            "40", "--igpt-steps", "40", "--finetune-steps", "10", "--single-steps", "40", "--data", str(data_dir)]
     assert separately(*args, "--run", tmp_path / "whole").returncode == 0
     program = f"import sys; sys.path.insert(0, {str(MMGEN.parent)!r}); import mmgen; mmgen.SAVE_SECONDS = 0.05; " \
               f"sys.exit(mmgen.main({[*args, '--resume', '--run', str(tmp_path / 'cut')]!r}))"
@@ -1399,7 +1427,7 @@ def torchrun(*args):
 @pytest.mark.parametrize("regime", ["multi", "single"])
 def test_two_processes_train_as_one(tmp_path, data_dir, regime):
     args = ["train", "--phase", regime, "--preset", "tiny", "--single-steps", 60, "--dropout", 0, "--ema", 0.9, "--delay", 2,
-            "--restart", 20, "--data", data_dir]
+            "--restart", 20, "--factored", "auto", "--data", data_dir]
     assert command(*args, "--run", tmp_path / "one").returncode == 0
     result = torchrun(MMGEN, *args, "--run", tmp_path / "two")
     assert result.returncode == 0, result.stderr
