@@ -1168,8 +1168,8 @@ def two_colored(images):
 
 
 def corners(z):
-    """The four corner cells of grids (B,C,h,w), h and w at least 2: a view (B,C,2,2)."""
-    return z[..., :: z.shape[2] - 1, :: z.shape[3] - 1]
+    """The four corner cells of grids (...,h,w), h and w at least 2: a view (...,2,2)."""
+    return z[..., :: z.shape[-2] - 1, :: z.shape[-1] - 1]
 
 
 class FactoredVQVAE(VQVAE):
@@ -3077,9 +3077,10 @@ def checked(cast, low, high):
 def add_config_flags(parser, config_class):
     """A flag for each field of a config dataclass; flags not given leave no trace."""
     for f in dataclasses.fields(config_class):
-        kind, meta = type(f.default), f.metadata
+        kind, meta, laptop = type(f.default), f.metadata, PRESETS["laptop"].get(f.name)
+        other = "" if laptop is None or config_class is not Config else f"; laptop: {laptop}"
         options = dict(default=argparse.SUPPRESS,
-                       help=f"{meta['help']} (default: {f.default})".replace("%", "%%"))
+                       help=f"{meta['help']} (default: {f.default}{other})".replace("%", "%%"))
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif meta["choices"]:
@@ -3272,8 +3273,11 @@ def make_samples(mode, vqvae, igpt, tokenizer, how, prompts, n=1, seed=0, comple
         images = np.repeat(prompts, n * best_of, 0)
         tokens = extract_tokens(vqvae, images)
         if complete:
-            tokens = complete_images(igpt, tokenizer, tokens[:, : complete * w], n_tokens, how,
+            whole = tokens
+            tokens = complete_images(igpt, tokenizer, whole[:, : complete * w], n_tokens, how,
                                      generator)
+            if isinstance(vqvae, FactoredVQVAE):  # the picture's colours stay as they are
+                corners(tokens.view(-1, h, w)).copy_(corners(whole.view(-1, h, w)))
         captions = sample_captions(igpt, tokenizer, tokens, how, generator)
     if best_of > 1 and mode != "unconditional":
         drawn, read, *_ = likelihoods(igpt, tokenizer, tokens, captions)

@@ -1074,6 +1074,20 @@ def test_completion_keeps_the_first_rows(trained, data_dir, tmp_path):
     assert result.returncode == 2 and "7 rows" in result.stderr
 
 
+def test_a_completed_picture_keeps_its_colors():
+    torch.manual_seed(0)
+    vqvae = FactoredVQVAE(16, 24, 16).eval()
+    tokenizer = Tokenizer(TEXTS, 24)
+    igpt = iGPT(tokenizer.vocab_size, 58, 32, 2, 2).eval()
+    images = drawn(4, 6)["test_images"]
+    seen = []
+    decode, vqvae.decode_tokens = vqvae.decode_tokens, lambda tokens: seen.append(tokens) or decode(tokens)
+    mmgen.make_samples("image", vqvae, igpt, tokenizer, SamplingConfig(), images, complete=3)
+    whole, made = mmgen.extract_tokens(vqvae, images).view(-1, 7, 7), seen[0].view(-1, 7, 7)
+    assert torch.equal(made[:, :3], whole[:, :3]) and not torch.equal(made[:, 3:], whole[:, 3:])
+    assert torch.equal(mmgen.corners(made), mmgen.corners(whole))
+
+
 def test_likelihoods_are_those_of_the_next_token_predictions():
     vqvae, tokenizer, igpt = small_models()
     igpt.eval()
