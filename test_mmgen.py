@@ -1258,7 +1258,7 @@ def test_errors_are_one_line(args, message, trained, data_dir, tmp_path):
     (tmp_path / "junk").write_bytes(b"what is this?")
     places = dict(data=data_dir, run=trained, tmp=tmp_path, junk=tmp_path / "junk")
     result = command(*[a.format(**places) for a in args], cwd=tmp_path)
-    lines = [line for line in result.stderr.splitlines() if not line.startswith(("preset", str(data_dir)))]
+    lines = [line for line in result.stderr.splitlines() if not line.startswith(("preset", "--factored", str(data_dir)))]
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert lines[-1].startswith("mmgen: error: ") and message in lines[-1] and len(lines) == 1, result.stderr
 
