@@ -1143,9 +1143,10 @@ def own_colors(x):
     """
     pixels = x.float().flatten(2)  # (B,3,H*W)
     mean = pixels.mean(2, keepdim=True)  # (B,3,1)
-    cov = (pixels - mean) @ (pixels - mean).mT / pixels.shape[2]  # (B,3,3)
+    centred = pixels - mean
+    cov = centred @ centred.mT / pixels.shape[2]  # (B,3,3)
     axes = torch.linalg.eigh(cov).eigenvectors.flip(2)  # (B,3,3), a column each, the longest first
-    along = axes.mT @ (pixels - mean)  # (B,3,H*W), of mean 0 on each axis
+    along = axes.mT @ centred  # (B,3,H*W), of mean 0 on each axis
     high, low = along.amax(2, keepdim=True), along.amin(2, keepdim=True)  # (B,3,1)
     middle, half = (high + low) / 2, ((high - low) / 2).clamp(min=0.05)
     turn = torch.where(middle < 0, -1.0, 1.0)  # the mean, 0, shall lie below the middle
@@ -2789,6 +2790,14 @@ def equip(phase, cfg, train_set, test_set, groups, device):
         optimizer=optimizer, scheduler=scheduler, clip=cfg.clip, seed=cfg.seed, bf16=bf16)
 
 
+def settle_factored(cfg, data):
+    """A Config whose factored may be 'auto' -> the same, with what suits the pictures instead."""
+    if cfg.factored != "auto":
+        return cfg
+    apart = two_colored(data.vqvae_train) and min(data.train_images.shape[1:3]) >= 8  # four corners
+    return dataclasses.replace(cfg, factored="on" if apart else "off")
+
+
 def train_run(folder, regime, cfg, data, device, resume=False, overwrite=False, finish=None):
     """Train the phases of a regime into a run directory -> vqvae, igpt, tokenizer (the latter two
     None if only the VQ-VAE was trained), or None if the run was complete already.
@@ -2797,11 +2806,7 @@ def train_run(folder, regime, cfg, data, device, resume=False, overwrite=False, 
     empty = [phase for phase in phases if not phase_length(cfg, phase, 1, 1)[2]]
     if empty and empty != ["finetune"]:
         raise InputError(f"--{empty[0]}-epochs 0: only finetune can be skipped")
-    if cfg.factored == "auto":
-        apart = two_colored(data.vqvae_train) and min(data.train_images.shape[1:3]) >= 8
-        cfg = dataclasses.replace(cfg, factored="on" if apart else "off")
-        log(f"--factored {cfg.factored}: the pictures "
-            + ("have two colours each" if apart else "are small or of many colours"))
+    given_cfg, cfg = cfg, settle_factored(cfg, data)
     run = Run(folder, regime, cfg, data)
     if not run.begin(resume, overwrite):
         return None
@@ -2813,6 +2818,8 @@ def train_run(folder, regime, cfg, data, device, resume=False, overwrite=False, 
     texts = data.train_captions + data.test_captions
     fresh = phases[0] in ("vqvae", "single") and not set(phases) & set(run.done)
     vqvae = build_vqvae(cfg, size).to(device) if fresh else load_vqvae(vqvae_path, device)
+    if fresh and cfg != given_cfg:
+        log(f"--factored {cfg.factored}, by the size and the colours of the pictures")
     if tuple(vqvae.size) != size:
         raise InputError(f"{vqvae_path}: was trained on {vqvae.size} pictures, these are {size}")
     with run.alone(), run.interruptible():
@@ -3079,7 +3086,7 @@ def add_config_flags(parser, config_class):
     """A flag for each field of a config dataclass; flags not given leave no trace."""
     for f in dataclasses.fields(config_class):
         kind, meta, laptop = type(f.default), f.metadata, PRESETS["laptop"].get(f.name)
-        other = "" if laptop is None or config_class is not Config else f"; laptop: {laptop}"
+        other = "" if laptop is None else f"; laptop: {laptop}"
         options = dict(default=argparse.SUPPRESS,
                        help=f"{meta['help']} (default: {f.default}{other})".replace("%", "%%"))
         if kind is bool:
