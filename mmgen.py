@@ -1468,11 +1468,11 @@ def make_sequences(tokens, text_ids, tokenizer, order):
 
 
 def mixed_sequences(tokens, text_ids, tokenizer, orders):
-    """A batch dealt out to several orders: row i is in orders[i % len(orders)].
-    (B,N), (B,L+1) -> (B,T)."""
+    """A batch dealt out to several orders: row i is in orders[i % len(orders)], and processes that
+    share a batch begin with different orders. (B,N), (B,L+1) -> (B,T)."""
     rows = tokens.new_empty(len(tokens), sequence_length(tokens.shape[1], tokenizer))
     for i, order in enumerate(orders):
-        part = slice(i, None, len(orders))
+        part = slice((i - processes()[0]) % len(orders), None, len(orders))
         rows[part] = make_sequences(tokens[part], text_ids[part], tokenizer, order)
     return rows
 
@@ -2403,10 +2403,11 @@ def read_pictures(path):
     return images
 
 
-def picture_grid(images, scale=2):
-    """uint8 (N,H,W,3) -> one about square picture, each enlarged `scale` times, on grey."""
+def picture_grid(images, scale=2, together=1):
+    """uint8 (N,H,W,3) -> one about square picture, each enlarged `scale` times, on grey. together:
+    so many neighbours, the samples of one prompt, are not torn apart by the end of a row."""
     N, H, W, _ = images.shape
-    columns = math.ceil(math.sqrt(N))
+    columns = together * math.ceil(math.sqrt(N) / together)
     rows = -(-N // columns)
     canvas = np.full((rows * columns, H * scale + 2, W * scale + 2, 3), 128, np.uint8)
     canvas[:N, 1:-1, 1:-1] = images.repeat(scale, 1).repeat(scale, 2)
@@ -2415,14 +2416,14 @@ def picture_grid(images, scale=2):
     return tiles.reshape(rows * canvas.shape[1], -1, 3)
 
 
-def save_samples(prefix, images, captions):
-    """Write PREFIX.ppm (a grid), PREFIX.npy (uint8 (N,H,W,3)) and PREFIX.txt (a caption a line); if
-    PREFIX ends in .png, the grid is a PNG of just that name. Returns the path of the grid."""
+def save_samples(prefix, images, captions, together=1):
+    """Write PREFIX.ppm (a picture_grid), PREFIX.npy (uint8 (N,H,W,3)) and PREFIX.txt (a caption a
+    line); if PREFIX ends in .png, the grid is a PNG of just that name. Returns the grid's path."""
     base = str(prefix).removesuffix(".png").removesuffix(".ppm")
     suffix, encode = (".png", png_bytes) if str(prefix).endswith(".png") else (".ppm", ppm_bytes)
     buffer, path = io.BytesIO(), base + suffix
     np.save(buffer, images)
-    atomic_write(path, encode(picture_grid(images)))
+    atomic_write(path, encode(picture_grid(images, together=together)))
     atomic_write(f"{base}.npy", buffer.getvalue())
     atomic_write(f"{base}.txt", "".join(c + "\n" for c in captions).encode())
     return path
@@ -2897,7 +2898,7 @@ def report_codebook(vqvae, images, device, path):
     some = images[:32]
     recon_x = denormalize(vqvae(Pictures(some)[:].to(device))[2])
     pairs = np.stack([some, recon_x], 1).reshape(-1, *some.shape[1:])  # (2n,H,W,3), alternating
-    atomic_write(path, ppm_bytes(picture_grid(pairs)))
+    atomic_write(path, ppm_bytes(picture_grid(pairs, together=2)))
 
 
 # --- Bench: mmgen against plain code and against the machine, timed in turn -----------------------
@@ -3332,7 +3333,8 @@ def command_sample(args):
     images, captions = make_samples(args.mode, *models, how, prompts, n, args.seed, args.complete,
                                     args.best_of)
     default = args.run / "results" / SAMPLE_NAMES[args.mode]
-    path = save_samples(args.out or default, images, captions)
+    path = save_samples(args.out or default, images, captions,
+                        1 if args.mode == "unconditional" else n)
     print("\n".join(captions))
     if args.show:
         show_in_terminal(images, captions)
@@ -3361,16 +3363,17 @@ def command_score(args):
     tokens, captions = tokens.expand(M, -1), captions * (M // len(captions))
     drawn, read, pair, n, words = (x.cpu() for x in likelihoods(igpt, tokenizer, tokens, captions))
     bits = [-x / k / math.log(2) for x, k in ((drawn, n), (read, words), (pair, n + words))]
-    print(f"{'log p, nats: picture|caption':>28}{'caption|picture':>17}{'pair':>9}"
-          "  bits a token: each of these")
+    print(f"{'log p in nats':>41}{'bits a token':>41}")
+    print(f"{'picture|caption':>16}{'caption|picture':>16}{'pair':>9}" * 2 + "  caption")
     for row in zip(drawn, read, pair, *bits, captions):
-        print("{:28.2f}{:17.3f}{:9.2f}{:9.3f}{:7.3f}{:7.3f}  {}".format(*row))
+        print("{:16.2f}{:16.3f}{:9.2f}{:16.3f}{:16.3f}{:9.3f}  {}".format(*row))
 
 
 def command_eval(args):
     """mmgen.py eval"""
     models, how = load_models(args), SamplingConfig(**given(args, SamplingConfig))
     data = load_test_split(args, models[0])
+    log(f"measuring over {len(data.test_images)} test pairs ...")
     figures = evaluate(*models, data.test_images, data.test_captions, how, args.seed)
     if args.json:
         print(json.dumps(figures))

@@ -26,12 +26,15 @@ import torch
 import torch.nn.functional as F
 
 import mmgen
-from mmgen import (Config, FactoredVQVAE, InputError, JointTrainer, KVCache, SamplingConfig, Tokenizer, VectorQuantizer,
-                   VQVAE, VQVAETrainer, compute_loss, create_dataset, iGPT, iGPTTrainer, make_sequences)
+from mmgen import (Config, FactoredVQVAE, InputError, JointTrainer, KVCache, SamplingConfig,
+                   Tokenizer, VectorQuantizer, VQVAE, VQVAETrainer, compute_loss, create_dataset,
+                   iGPT, iGPTTrainer, make_sequences)
 
 MMGEN = Path(mmgen.__file__)
-torch.set_num_threads(1)  # tiny models gain nothing from more, and results must not depend on the machine
-TEXTS = ["dark red seven on light blue", "plain green one on dark red", "light blue two on plain green"]
+# Tiny models gain nothing from more threads, and results must not depend on the machine
+torch.set_num_threads(1)
+TEXTS = ["dark red seven on light blue", "plain green one on dark red",
+         "light blue two on plain green"]
 
 
 def drawn(n_train=64, n_test=16, size=28, seed=0):
@@ -69,7 +72,8 @@ def command(*args, cwd="."):
 
 def separately(*args):
     """Run mmgen.py in a process of its own, as a user does."""
-    return subprocess.run([sys.executable, str(MMGEN), *map(str, args)], text=True, capture_output=True, timeout=240,
+    return subprocess.run([sys.executable, str(MMGEN), *map(str, args)], text=True,
+                          capture_output=True, timeout=240,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
@@ -77,7 +81,8 @@ def separately(*args):
 def trained(tmp_path_factory, data_dir):
     """A tiny run of the whole `multi` regime, made by the command line."""
     folder = tmp_path_factory.mktemp("run")
-    result = separately("train", "--phase", "multi", "--preset", "tiny", "--data", data_dir, "--run", folder)
+    result = separately("train", "--phase", "multi", "--preset", "tiny", "--data", data_dir,
+                        "--run", folder)
     assert result.returncode == 0, result.stderr
     return folder
 
@@ -91,7 +96,7 @@ def small_models(seed=0, attention=False):
     return vqvae, tokenizer, igpt
 
 
-# --- data -------------------------------------------------------------------------------------------------------
+# --- data -----------------------------------------------------------------------------------------
 
 
 def test_drawn_set_has_the_promised_arrays_and_is_deterministic(tmp_path):
@@ -100,7 +105,8 @@ def test_drawn_set_has_the_promised_arrays_and_is_deterministic(tmp_path):
     a, b = ((tmp_path / n / "drawn.npz").read_bytes() for n in "ab")
     assert a == b
     with np.load(tmp_path / "a" / "drawn.npz") as file:
-        assert file["train_images"].shape == (20, 32, 32, 3) and file["train_images"].dtype == np.uint8
+        assert (file["train_images"].shape == (20, 32, 32, 3)
+                and file["train_images"].dtype == np.uint8)
         assert file["test_captions"].shape == (10,) and file["test_captions"].dtype.kind == "U"
         assert all(len(c.split()) == 6 for c in file["train_captions"])
     mmgen.write_pairs(tmp_path / "c", drawn(20, 10, 32, seed=6))
@@ -123,23 +129,27 @@ def test_drawn_digits_differ_within_a_class_and_can_be_told_apart():
     ink = mmgen.draw_digits(labels, 28, np.random.default_rng(0)).reshape(600, -1) / 255.0
     train, test = ink[::2], ink[1::2]
     distance = ((test[:, None] - train[None]) ** 2).sum(-1)
-    assert (labels[::2][distance.argmin(1)] == labels[1::2]).mean() > 0.6  # one nearest neighbour, 30 examples a class
+    # One nearest neighbour, 30 examples a class
+    assert (labels[::2][distance.argmin(1)] == labels[1::2]).mean() > 0.6
     assert np.unique(ink, axis=0).shape[0] == 600
 
 
-@pytest.mark.parametrize("scale,dtype,name", [(3, np.uint8, "2bit"), (255, np.uint8, "8bit"), (255, np.int64, "8bit"),
-                                              (1, np.float32, "unit"), (1, np.float64, "unit")])
+@pytest.mark.parametrize("scale,dtype,name", [(3, np.uint8, "2bit"), (255, np.uint8, "8bit"),
+                                              (255, np.int64, "8bit"), (1, np.float32, "unit"),
+                                              (1, np.float64, "unit")])
 def test_value_ranges_are_detected(scale, dtype, name):
     levels = np.random.default_rng(0).integers(0, 4, (5, 8, 8, 3))
     levels.flat[0] = 3
-    out, found = mmgen.to_uint8((levels / 3 * scale).round().astype(dtype) if scale > 1 else (levels / 3).astype(dtype))
+    out, found = mmgen.to_uint8((levels / 3 * scale).round().astype(dtype) if scale > 1
+                                else (levels / 3).astype(dtype))
     assert found == name and out.dtype == np.uint8
     assert (out == levels * 85).all()
 
 
 @pytest.mark.parametrize("bad", [
-    np.zeros((0, 8, 8, 3), np.uint8), np.zeros((2, 8, 8), np.uint8), np.zeros((2, 8, 8, 4), np.uint8),
-    np.zeros((2, 9, 8, 3), np.uint8), np.full((2, 8, 8, 3), 256), np.full((2, 8, 8, 3), -1),
+    np.zeros((0, 8, 8, 3), np.uint8), np.zeros((2, 8, 8), np.uint8),
+    np.zeros((2, 8, 8, 4), np.uint8), np.zeros((2, 9, 8, 3), np.uint8),
+    np.full((2, 8, 8, 3), 256), np.full((2, 8, 8, 3), -1),
     np.full((2, 8, 8, 3), np.nan), np.full((2, 8, 8, 3), np.inf), np.zeros((2, 8, 8, 3), object),
 ])
 def test_unusable_pictures_are_refused(bad):
@@ -159,7 +169,8 @@ def test_pickles_are_accepted(tmp_path, layout, protocol):
     data = mmgen.load_data(tmp_path, log=None)
     assert (data.train_images == images * 85).all() and data.test_captions == TEXTS
     assert data.vqvae_train is data.train_images  # with one file its pictures serve both
-    (tmp_path / "mnist_colored.pkl").write_bytes(pickle.dumps({"train": images[:4], "test": images[:2]}, protocol))
+    (tmp_path / "mnist_colored.pkl").write_bytes(
+        pickle.dumps({"train": images[:4], "test": images[:2]}, protocol))
     assert mmgen.load_data(tmp_path, log=None).vqvae_train.shape == (4, 28, 28, 3)
 
 
@@ -173,13 +184,15 @@ CAPTIONS = [TEXTS[0]] * 4
     (b"\x80\x05.", "no readable pickle"),
     (pickle.dumps(U8)[:-40], "no readable pickle"),
     ([U8, U8, CAPTIONS], "want a 4-tuple"),
-    ({"train_images": U8, "test_images": U8, "train_texts": CAPTIONS}, "want a 4-tuple or a dict with"),
+    ({"train_images": U8, "test_images": U8, "train_texts": CAPTIONS},
+     "want a 4-tuple or a dict with"),
     (7, "found int"),
     ((None, U8, CAPTIONS, CAPTIONS), "train_images: want a NumPy array"),
     (([1, 2], U8, CAPTIONS, CAPTIONS), "train_images: want a NumPy array (N,H,W,3), found list"),
     ((U8, U8[0], CAPTIONS, CAPTIONS), "test_images: want numbers (N,H,W,3), found uint8 (8, 8, 3)"),
     ((U8[..., :2], U8, CAPTIONS, CAPTIONS), "train_images: want numbers (N,H,W,3)"),
-    ((U8.astype(object), U8, CAPTIONS, CAPTIONS), "train_images: want numbers (N,H,W,3), found object"),
+    ((U8.astype(object), U8, CAPTIONS, CAPTIONS),
+     "train_images: want numbers (N,H,W,3), found object"),
     ((U8.astype(bool), U8, CAPTIONS, CAPTIONS), "found bool"),
     ((U8.astype(complex), U8, CAPTIONS, CAPTIONS), "found complex"),
     ((U8.astype(str), U8, CAPTIONS, CAPTIONS), "train_images: want numbers"),
@@ -204,7 +217,8 @@ def test_bad_pickles(tmp_path, content, message):
     path.write_bytes(content if isinstance(content, bytes) else pickle.dumps(content))
     with pytest.raises(InputError) as error:
         mmgen.load_data(tmp_path, log=None)
-    assert message in str(error.value) and str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+    assert (message in str(error.value) and str(tmp_path) in str(error.value)
+            and "\n" not in str(error.value))
 
 
 @pytest.mark.parametrize("content,message", [
@@ -215,7 +229,8 @@ def test_bad_pickles(tmp_path, content, message):
     ({"train": np.zeros((2, 12, 8, 3), np.uint8), "test": U8}, "unlike sizes"),
 ])
 def test_bad_picture_pickles(tmp_path, content, message):
-    (tmp_path / "colored_mnist_with_text.pkl").write_bytes(pickle.dumps((U8, U8, CAPTIONS, CAPTIONS)))
+    (tmp_path / "colored_mnist_with_text.pkl").write_bytes(
+        pickle.dumps((U8, U8, CAPTIONS, CAPTIONS)))
     (tmp_path / "mnist_colored.pkl").write_bytes(pickle.dumps(content))
     with pytest.raises(InputError) as error:
         mmgen.load_data(tmp_path, log=None)
@@ -229,38 +244,50 @@ def npy(shape=(8, 8, 3), dtype="|u1", body=192, fortran=False):
 
 
 @pytest.mark.parametrize("content,message", [
-    (b"", "neither"), (b"GIF89a", "neither"), (b"\x93NUMPY", "no readable .npy"), (npy()[:40], "no readable .npy"),
-    (npy(body=191), "bytes after it"), (npy(body=193), "bytes after it"), (npy((10**9, 10**3, 3)), "bytes after it"),
-    (npy((-8, -8, 3)), "no readable .npy"), (npy(dtype="|O"), "no readable .npy"), (npy(dtype="<f4", body=768), "want uint8"),
-    (npy((8, 8)), "no readable"), (npy((8, 24), body=192), "want uint8"), (npy((4, 4, 4, 3)), "the model knows"),
+    (b"", "neither"), (b"GIF89a", "neither"), (b"\x93NUMPY", "no readable .npy"),
+    (npy()[:40], "no readable .npy"), (npy(body=191), "bytes after it"),
+    (npy(body=193), "bytes after it"), (npy((10**9, 10**3, 3)), "bytes after it"),
+    (npy((-8, -8, 3)), "no readable .npy"), (npy(dtype="|O"), "no readable .npy"),
+    (npy(dtype="<f4", body=768), "want uint8"), (npy((8, 8)), "no readable"),
+    (npy((8, 24), body=192), "want uint8"), (npy((4, 4, 4, 3)), "the model knows"),
     (npy((0, 8, 8, 3), body=0), "want uint8"), (npy((16, 4, 3)), "the model knows"),
     (npy((1, 1, 8, 8, 3)), "want uint8"), (npy(dtype="junk"), "no readable .npy"),
-    (b"P6", "want a PPM header"), (b"P6 8 8 255", "want a PPM header"), (b"P6 8 8 255\n", "found 0 bytes"),
-    (b"P6 8 8 65535\n" + bytes(384), "want a PPM header"), (b"P6 8 8 255\n" + bytes(191), "found 191 bytes"),
-    (b"P6 99999 99999 255\n" + bytes(192), "found 192 bytes"), (b"P6 999999999999 8 255\n", "want a PPM header"),
-    (b"P6 -8 8 255\n" + bytes(192), "want a PPM header"), (b"P6 8 8 255\n" + bytes(192), "the model knows"),
-    (b"P6 0 8 255\n", "the model knows"), (b"P3 1 1 255\n0 0 0\n", "neither"), (b"P5 8 8 255\n" + bytes(64), "neither"),
+    (b"P6", "want a PPM header"), (b"P6 8 8 255", "want a PPM header"),
+    (b"P6 8 8 255\n", "found 0 bytes"), (b"P6 8 8 65535\n" + bytes(384), "want a PPM header"),
+    (b"P6 8 8 255\n" + bytes(191), "found 191 bytes"),
+    (b"P6 99999 99999 255\n" + bytes(192), "found 192 bytes"),
+    (b"P6 999999999999 8 255\n", "want a PPM header"),
+    (b"P6 -8 8 255\n" + bytes(192), "want a PPM header"),
+    (b"P6 8 8 255\n" + bytes(192), "the model knows"), (b"P6 0 8 255\n", "the model knows"),
+    (b"P3 1 1 255\n0 0 0\n", "neither"), (b"P5 8 8 255\n" + bytes(64), "neither"),
 ])
 def test_bad_images(trained, tmp_path, capsys, content, message):
     (tmp_path / "x").write_bytes(content)
-    status = mmgen.main(["sample", "--mode", "image", "--run", str(trained), "--image", str(tmp_path / "x"), "--out",
-                         str(tmp_path / "out")])
+    status = mmgen.main(["sample", "--mode", "image", "--run", str(trained),
+                         "--image", str(tmp_path / "x"), "--out", str(tmp_path / "out")])
     error = capsys.readouterr().err
-    assert status == 2 and error.startswith("mmgen: error: ") and message in error and error.count("\n") == 1, error
+    assert (status == 2 and error.startswith("mmgen: error: ") and message in error
+            and error.count("\n") == 1), error
     assert list(tmp_path.iterdir()) == [tmp_path / "x"]
 
 
 @pytest.mark.parametrize("arguments,message", [
-    (["--prompt", "dark red sevn on light blue"], "unknown word 'sevn'"), (["--prompt", ""], "0 words"),
-    (["--prompt", "   "], "0 words"), (["--prompt", " ".join(["red"] * 7)], "has 7 words, not 1 to 6"),
+    (["--prompt", "dark red sevn on light blue"], "unknown word 'sevn'"),
+    (["--prompt", ""], "0 words"), (["--prompt", "   "], "0 words"),
+    (["--prompt", " ".join(["red"] * 7)], "has 7 words, not 1 to 6"),
     (["--prompts", "{tmp}/none"], "No such file"), (["--prompts", "{tmp}"], "directory"),
-    (["--prompts", "{tmp}/empty"], "holds no caption"), (["--prompts", "{tmp}/binary"], "not a text file"),
-    (["-n", "0"], "range"), (["-n", "x"], "invalid int"), (["--seed", "-1"], "range"), (["--image", "{tmp}/x"], "belong to"),
-    (["--temperature", "0"], "temperature"), (["--temperature", "nan"], "temperature"), (["--top-p", "1.1"], "top_p"),
-    (["--top-p", "0"], "top_p"), (["--top-k", "-1"], "top_k"), (["--guidance", "-0.1"], "guidance"),
-    (["--min-p", "2"], "min_p"), (["--threads", "0"], "range"), (["--mode", "sound"], "invalid choice"),
-    (["--run", "{tmp}"], "does not exist"), (["--data", "{tmp}"], "no data"), (["--sideways"], "unrecognized"),
-    (["--complete", "3"], "belong to"), (["--best-of", "0"], "range"), (["--device", "quantum"], "quantum"), (["--out", "{tmp}/empty/out"], "empty"),
+    (["--prompts", "{tmp}/empty"], "holds no caption"),
+    (["--prompts", "{tmp}/binary"], "not a text file"), (["-n", "0"], "range"),
+    (["-n", "x"], "invalid int"), (["--seed", "-1"], "range"),
+    (["--image", "{tmp}/x"], "belong to"), (["--temperature", "0"], "temperature"),
+    (["--temperature", "nan"], "temperature"), (["--top-p", "1.1"], "top_p"),
+    (["--top-p", "0"], "top_p"), (["--top-k", "-1"], "top_k"),
+    (["--guidance", "-0.1"], "guidance"), (["--min-p", "2"], "min_p"),
+    (["--threads", "0"], "range"), (["--mode", "sound"], "invalid choice"),
+    (["--run", "{tmp}"], "does not exist"), (["--data", "{tmp}"], "no data"),
+    (["--sideways"], "unrecognized"), (["--complete", "3"], "belong to"),
+    (["--best-of", "0"], "range"), (["--device", "quantum"], "quantum"),
+    (["--out", "{tmp}/empty/out"], "empty"),
 ])
 def test_bad_sample_arguments(trained, tmp_path, capsys, arguments, message):
     (tmp_path / "empty").write_text("\n \n")
@@ -270,20 +297,24 @@ def test_bad_sample_arguments(trained, tmp_path, capsys, arguments, message):
         arguments += ["--prompt", "dark red seven on light blue"]
     status = mmgen.main(["sample", "--mode", "text", "--run", str(trained), *arguments])
     error = capsys.readouterr().err
-    assert status == 2 and error.startswith("mmgen: error: ") and message in error and error.count("\n") == 1, error
+    assert (status == 2 and error.startswith("mmgen: error: ") and message in error
+            and error.count("\n") == 1), error
 
 
 def test_every_flag_of_a_configuration_is_checked(tmp_path, capsys):
     tried = 0
     for f in dataclasses.fields(Config):
         low, high, choices = (f.metadata[k] for k in ("low", "high", "choices"))
-        bad = ["sideways"] if choices or f.name == "orders" else [] if low is None else [low - 1, high * 2 + 1, "x", "nan"]
+        bad = (["sideways"] if choices or f.name == "orders"
+               else [] if low is None else [low - 1, high * 2 + 1, "x", "nan"])
         for value in bad:
             tried += 1
             flag = f"--{f.name.replace('_', '-')}={value}"
-            assert mmgen.main(["train", "--phase", "multi", flag, "--run", str(tmp_path), "--data", str(tmp_path)]) == 2, flag
+            assert mmgen.main(["train", "--phase", "multi", flag, "--run", str(tmp_path),
+                               "--data", str(tmp_path)]) == 2, flag
             error = capsys.readouterr().err.splitlines()[-1]
-            assert error.startswith("mmgen: error: ") and (f.name in error or f.name.replace("_", "-") in error), error
+            assert (error.startswith("mmgen: error: ")
+                    and (f.name in error or f.name.replace("_", "-") in error)), error
     assert tried > 100 and not list(tmp_path.iterdir())
 
 
@@ -292,7 +323,8 @@ class Evil:
         return os.system, ("touch /tmp/mmgen_was_here",)
 
 
-@pytest.mark.parametrize("content", [Evil(), {"train": Evil(), "test": 0}, codecs.lookup("utf-8").encode, print])
+@pytest.mark.parametrize("content", [Evil(), {"train": Evil(), "test": 0},
+                                     codecs.lookup("utf-8").encode, print])
 def test_pickles_with_code_are_refused(tmp_path, content):
     path = tmp_path / "mnist_colored.pkl"
     path.write_bytes(pickle.dumps(content))
@@ -303,12 +335,14 @@ def test_pickles_with_code_are_refused(tmp_path, content):
 
 def test_a_pickle_cannot_ask_for_gigabytes(tmp_path):
     path = tmp_path / "mnist_colored.pkl"
-    for call in (b"cnumpy\nndarray\n(I%d\ntR.", b"cnumpy._core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I%d\ntS'b'\ntR."):
+    for call in (b"cnumpy\nndarray\n(I%d\ntR.",
+                 b"cnumpy._core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I%d\ntS'b'\ntR."):
         path.write_bytes(call % 2**34)
         with pytest.raises(InputError):
             mmgen.load_pickled_data(path)
     array = path.read_bytes()
-    for opcode in (b"\x96", b"\x8e", b"\x8d", b"\x95"):  # bytearray, bytes, text, frame of so many bytes
+    # bytearray, bytes, text, frame of so many bytes
+    for opcode in (b"\x96", b"\x8e", b"\x8d", b"\x95"):
         path.write_bytes(b"\x80\x05" + opcode + struct.pack("<Q", 2**34) + b"abc.")
         started = time.monotonic()
         with pytest.raises(InputError):
@@ -322,7 +356,8 @@ def test_raw_mnist(tmp_path):
     (tmp_path / "mnist").mkdir()
     rng = np.random.default_rng(0)
     for prefix, n, suffix in (("train", 12, ""), ("t10k", 6, ".gz")):
-        for kind, array in (("images-idx3", rng.integers(0, 256, (n, 28, 28))), ("labels-idx1", rng.integers(0, 10, n))):
+        for kind, array in (("images-idx3", rng.integers(0, 256, (n, 28, 28))),
+                            ("labels-idx1", rng.integers(0, 10, n))):
             raw = b"\0\0\x08" + bytes([array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape)
             raw += array.astype(np.uint8).tobytes()
             path = tmp_path / "mnist" / f"{prefix}-{kind}-ubyte{suffix}"
@@ -331,10 +366,11 @@ def test_raw_mnist(tmp_path):
     data = mmgen.load_data(tmp_path, log=None)
     assert data.train_images.shape == (12, 28, 28, 3)
     assert [c.split()[2] for c in data.test_captions] == [mmgen.DIGITS[i] for i in labels]
-    assert mmgen.main(["data", "--source", "mnist", "--mnist", str(tmp_path / "mnist"), "--data", str(tmp_path / "made"),
-                       "--train", "7"]) == 0
+    assert mmgen.main(["data", "--source", "mnist", "--mnist", str(tmp_path / "mnist"),
+                       "--data", str(tmp_path / "made"), "--train", "7"]) == 0
     made = mmgen.load_data(tmp_path / "made", log=None)
-    assert (made.train_images == data.train_images[:7]).all() and made.test_captions == data.test_captions
+    assert ((made.train_images == data.train_images[:7]).all()
+            and made.test_captions == data.test_captions)
     assert mmgen.main(["data", "--source", "mnist", "--data", str(tmp_path / "none")]) == 2
     path.write_bytes(gzip.compress(raw[:-1]))
     with pytest.raises(InputError, match="promises"):
@@ -358,7 +394,7 @@ def test_batch_order_is_a_function_of_seed_and_step():
     assert [b.tolist() for b in cut] == (first + second)[3:4]
 
 
-# --- tokenizer and sequences ------------------------------------------------------------------------------------
+# --- tokenizer and sequences ----------------------------------------------------------------------
 
 
 def test_vocabulary_and_round_trip():
@@ -378,8 +414,9 @@ def test_vocabulary_and_round_trip():
 def test_token_ids_are_stable_across_processes():
     program = f"import sys; sys.path.insert(0, {str(MMGEN.parent)!r}); import mmgen; " \
               f"print(mmgen.Tokenizer({TEXTS!r}, 24).text_encode({TEXTS[1]!r}).tolist())"
-    outputs = {subprocess.run([sys.executable, "-c", program], text=True, capture_output=True, check=True,
-                              env={**os.environ, "PYTHONHASHSEED": str(seed)}).stdout for seed in (1, 2)}
+    outputs = {subprocess.run([sys.executable, "-c", program], text=True, capture_output=True,
+                              check=True, env={**os.environ, "PYTHONHASHSEED": str(seed)}).stdout
+               for seed in (1, 2)}
     assert outputs == {str(Tokenizer(TEXTS, 24).text_encode(TEXTS[1]).tolist()) + "\n"}
 
 
@@ -397,11 +434,21 @@ def test_prompts_are_the_beginnings_of_training_sequences():
     plain = make_sequences(tokens, text_ids, tokenizer, "plain")
     assert plain.shape == drawing.shape == reading.shape == (4, 58)
     t = tokenizer
-    assert plain[0].tolist() == [t.bos_token, *tokens[0], t.end_of_image_token, *t.text_encode(TEXTS[0]),
-                                 t.end_of_text_token]
+    assert plain[0].tolist() == [t.bos_token, *tokens[0], t.end_of_image_token,
+                                 *t.text_encode(TEXTS[0]), t.end_of_text_token]
     # A short caption: its picture follows at once, the padding stands at the end
     assert (drawing[3, 4:53] == tokens[3]).all() and (drawing[3, 53:] == t.pad_token).all()
-    assert reading[3, 52:].tolist() == [*t.text_encode("red"), t.end_of_text_token] + [t.pad_token] * 4
+    assert (reading[3, 52:].tolist()
+            == [*t.text_encode("red"), t.end_of_text_token] + [t.pad_token] * 4)
+
+
+def test_processes_that_share_a_batch_of_two_train_on_both_orders(monkeypatch):
+    tokenizer = Tokenizer(TEXTS, 8)
+    row, ids = torch.zeros(1, 4, dtype=torch.int64), tokenizer.encode_batch(TEXTS[:1])
+    for rank, order in enumerate(("image_text", "text_image")):
+        monkeypatch.setattr(mmgen, "processes", lambda rank=rank: (rank, 2))
+        mixed = mmgen.mixed_sequences(row, ids, tokenizer, ("image_text", "text_image"))
+        assert (mixed == make_sequences(row, ids, tokenizer, order)).all()
 
 
 def test_batches_hold_both_orders_and_every_pair():
@@ -411,19 +458,23 @@ def test_batches_hold_both_orders_and_every_pair():
     batches = list(loader)
     assert len(loader) == 4 and [tuple(b.shape) for b in batches] == [(8, 58)] * 3 + [(6, 58)]
     second = torch.cat(batches)[:, 1]
-    assert (second == tokenizer.end_of_text_token).sum() == (second == tokenizer.end_of_image_token).sum() == 15
+    assert ((second == tokenizer.end_of_text_token).sum()
+            == (second == tokenizer.end_of_image_token).sum() == 15)
 
 
 def test_padding_carries_no_loss():
     tokenizer = Tokenizer(TEXTS + ["red"], 24)
-    rows = make_sequences(torch.randint(24, (2, 49)), tokenizer.encode_batch(["red", TEXTS[0]]), tokenizer, "text_image")
+    rows = make_sequences(torch.randint(24, (2, 49)), tokenizer.encode_batch(["red", TEXTS[0]]),
+                          tokenizer, "text_image")
     weight = mmgen.target_weights(rows, tokenizer.vocab_size, 5.0)
     assert (weight[0] == 0).sum() == 5 and (weight[1] == 0).sum() == 0 and weight.max() == 1
     model = iGPT(tokenizer.vocab_size, 58, 32, 2, 2, 0.0)
-    trainer = iGPTTrainer(model, torch.optim.Adam(model.parameters()), "cpu", tokenizer.vocab_size, 58)
+    trainer = iGPTTrainer(model, torch.optim.Adam(model.parameters()), "cpu",
+                          tokenizer.vocab_size, 58)
     loss, _ = trainer.loss(rows)
     log_p = F.log_softmax(model(rows[:, :-1]), -1)
-    wanted = [-log_p[b, t, rows[b, t + 1]] for b in range(2) for t in range(57) if rows[b, t + 1] != tokenizer.pad_token]
+    wanted = [-log_p[b, t, rows[b, t + 1]] for b in range(2) for t in range(57)
+              if rows[b, t + 1] != tokenizer.pad_token]
     assert len(wanted) == 2 * 57 - 5
     assert torch.allclose(loss, torch.stack(wanted).mean(), atol=1e-5)
 
@@ -431,18 +482,20 @@ def test_padding_carries_no_loss():
 def test_caption_weight_is_on_captions_after_a_picture_only():
     tokenizer = Tokenizer(TEXTS, 24)
     tokens, text_ids = torch.randint(24, (1, 49)), tokenizer.encode_batch(TEXTS[:1])
-    weight = {o: mmgen.target_weights(make_sequences(tokens, text_ids, tokenizer, o), tokenizer.vocab_size, 6.0)[0]
+    weight = {o: mmgen.target_weights(make_sequences(tokens, text_ids, tokenizer, o),
+                                      tokenizer.vocab_size, 6.0)[0]
               for o in mmgen.ORDERS}
     assert weight["image_text"].tolist() == [1.0] * 51 + [6.0] * 6
     assert weight["text_image"].tolist() == [1.0] * 57
     assert (weight["plain"] == 6).sum() == 7
 
 
-# --- VQ-VAE -----------------------------------------------------------------------------------------------------
+# --- VQ-VAE ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", [VQVAE, FactoredVQVAE])
-@pytest.mark.parametrize("size,D,attention", [((28, 28), 16, False), ((32, 32), 8, True), ((16, 40), 16, True)])
+@pytest.mark.parametrize("size,D,attention", [((28, 28), 16, False), ((32, 32), 8, True),
+                                              ((16, 40), 16, True)])
 def test_vqvae_shapes(kind, size, D, attention):
     vqvae = kind(16, 24, D, attention, size).eval()
     x = torch.rand(3, 3, *size) * 2 - 1
@@ -457,7 +510,7 @@ def test_vqvae_shapes(kind, size, D, attention):
 
 
 def recolored(mask, low, high):
-    """Masks (B,H,W) in [0,1] -> pictures (B,3,H,W) that go from the colours low to high, (B,3) each."""
+    """Masks (B,H,W) in [0,1] -> pictures (B,3,H,W) between the colours low and high (B,3)."""
     return low[..., None, None] + (high - low)[..., None, None] * mask[:, None]
 
 
@@ -467,16 +520,21 @@ def test_own_colors_lead_back_and_do_not_depend_on_colors():
     x[1] = 0.3  # a single colour
     y, colors = mmgen.own_colors(x)
     back = colors[..., 1:] @ y.flatten(2) + colors[..., :1]
-    assert torch.allclose(back.view_as(x), x, atol=1e-5) and y.abs().max() <= 1 + 1e-6 and not y[1].any()
+    assert (torch.allclose(back.view_as(x), x, atol=1e-5)
+            and y.abs().max() <= 1 + 1e-6 and not y[1].any())
     mask = (torch.rand(4, 12, 12) < 0.3).float()
-    low, high = torch.tensor([-1.0, 0.5, 0.0]).expand(4, 3), torch.tensor([0.2, -1.0, 0.9]).expand(4, 3)
-    one, other, swapped = (mmgen.own_colors(recolored(mask, *c))[0] for c in ((low, high), (-high, -low), (high, low)))
+    low, high = (torch.tensor([-1.0, 0.5, 0.0]).expand(4, 3),
+                 torch.tensor([0.2, -1.0, 0.9]).expand(4, 3))
+    one, other, swapped = (mmgen.own_colors(recolored(mask, *c))[0]
+                           for c in ((low, high), (-high, -low), (high, low)))
     assert torch.allclose(one, other, atol=1e-4)
-    assert torch.allclose(one, swapped, atol=1e-4)  # which of two colours is the ground, the picture says
+    # Which of two colours is the ground, the picture says
+    assert torch.allclose(one, swapped, atol=1e-4)
     assert (one[:, 0] > 0).float().eq(mask).all()
     # Rounding errors leave only one axis: nothing there depends on their direction
     noisy = recolored(mask, low, high) + 1e-3 * torch.randn(4, 3, 12, 12)
-    assert torch.allclose(mmgen.own_colors(noisy)[1], mmgen.own_colors(recolored(mask, low, high))[1], atol=0.02)
+    assert torch.allclose(mmgen.own_colors(noisy)[1],
+                          mmgen.own_colors(recolored(mask, low, high))[1], atol=0.02)
 
 
 def test_factored_vqvae_keeps_colors_in_the_corners():
@@ -495,7 +553,8 @@ def test_factored_vqvae_keeps_colors_in_the_corners():
     assert not torch.allclose(vqvae.decode(z), vqvae.decode(one), atol=1e-2)
     z_e, z_q, recon_x = vqvae.train()(pictures[0])
     compute_loss(pictures[0], recon_x, z_e, z_q).backward()
-    assert all(p.grad.abs().sum() > 0 for p in (vqvae.colors_in[0].weight, vqvae.colors_out[0].weight))
+    assert all(p.grad.abs().sum() > 0
+               for p in (vqvae.colors_in[0].weight, vqvae.colors_out[0].weight))
     with pytest.raises(InputError, match="corners"):
         FactoredVQVAE(16, 24, 8, size=(4, 8))
 
@@ -517,10 +576,12 @@ def test_the_preset_decides_by_the_pictures_whether_to_factor(tmp_path, capsys):
     flags = ["--preset", "tiny", "--factored", "auto", "--vqvae-steps", "3", "--phase", "vqvae"]
     for name, busy in (("two", False), ("many", True)):
         if busy:
-            noise = np.random.default_rng(0).integers(0, 256, arrays["train_images"].shape, np.uint8)
+            noise = np.random.default_rng(0).integers(
+                0, 256, arrays["train_images"].shape, np.uint8)
             arrays["train_images"] = noise
         mmgen.write_pairs(tmp_path / name, arrays)
-        assert mmgen.main(["train", *flags, "--data", str(tmp_path / name), "--run", str(tmp_path / name)]) == 0
+        assert mmgen.main(["train", *flags, "--data", str(tmp_path / name),
+                           "--run", str(tmp_path / name)]) == 0
         vqvae = mmgen.load_vqvae(tmp_path / name / "checkpoints" / "vqvae_model.pth")
         assert isinstance(vqvae, FactoredVQVAE) is not busy
         assert f"--factored {'off' if busy else 'on'}" in capsys.readouterr().err
@@ -543,7 +604,8 @@ def test_decoding_refuses_what_is_no_picture():
     vqvae = VQVAE(dim=8, K=8, D=4, size=(8, 8))
     assert vqvae.decode_tokens(torch.zeros(3, 4, dtype=torch.int64)).shape == (3, 3, 8, 8)
     assert vqvae.decode_tokens(torch.zeros(3, 4, 5, dtype=torch.int64)).shape == (3, 3, 16, 20)
-    for bad in (torch.zeros(4, 5, dtype=torch.int64), torch.full((1, 4), 8), torch.full((1, 4), -1)):
+    for bad in (torch.zeros(4, 5, dtype=torch.int64), torch.full((1, 4), 8),
+                torch.full((1, 4), -1)):
         with pytest.raises(InputError):
             vqvae.decode_tokens(bad)
 
@@ -562,7 +624,8 @@ def test_colour_extremes_are_part_of_the_loss():
     x[:, :, 10, 10] = 1.0  # a single bright pixel
     flat, z = torch.full_like(x, -1.0), torch.zeros(1, 4, 7, 7)
     moved = x.roll(1, dims=2)
-    assert compute_loss(x, moved, z, z) > compute_loss(x, flat, z, z)  # to squared error a miss is worse
+    # To squared error a miss is worse
+    assert compute_loss(x, moved, z, z) > compute_loss(x, flat, z, z)
     assert compute_loss(x, moved, z, z, extremes=1.0) < compute_loss(x, flat, z, z, extremes=1.0)
     # Pictures whose side no window divides: their last rows count, too, and small ones are no error
     for side in (4, 32):
@@ -607,14 +670,15 @@ def test_ema_codebook_moves_without_gradient_and_dead_codes_restart():
     assert torch.equal(before, quantizer.weight)
 
 
-# --- iGPT -------------------------------------------------------------------------------------------------------
+# --- iGPT -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("prompt", [1, 2, 9, 30])
 def test_cached_logits_are_the_uncached_ones(prompt):
     _, tokenizer, igpt = small_models()
     igpt.eval()
-    tokens = make_sequences(torch.randint(24, (3, 49)), tokenizer.encode_batch(TEXTS), tokenizer, "text_image")
+    tokens = make_sequences(torch.randint(24, (3, 49)), tokenizer.encode_batch(TEXTS),
+                            tokenizer, "text_image")
     with torch.no_grad():
         whole, located = igpt(tokens), igpt.locate(tokens)
         cache = KVCache(2, 3, 2, 58, 16)
@@ -652,8 +716,10 @@ def test_greedy_generation_is_the_uncached_argmax():
 def test_guidance_changes_logits_as_defined():
     _, tokenizer, igpt = small_models()
     igpt.eval()
-    prompt, empty = mmgen.text_prompt(tokenizer, TEXTS[0]), torch.tensor([tokenizer.bos_token, tokenizer.end_of_text_token])
-    out = mmgen.generate(igpt, [prompt], 8, tokenizer.image_span, SamplingConfig(greedy=True, guidance=3.0, min_p=0.2), None, empty)
+    prompt, empty = (mmgen.text_prompt(tokenizer, TEXTS[0]),
+                     torch.tensor([tokenizer.bos_token, tokenizer.end_of_text_token]))
+    out = mmgen.generate(igpt, [prompt], 8, tokenizer.image_span,
+                         SamplingConfig(greedy=True, guidance=3.0, min_p=0.2), None, empty)
     cond, uncond = prompt[None], empty[None]
     with torch.no_grad():
         for _ in range(8):
@@ -670,7 +736,8 @@ def test_igpt_is_causal_and_knows_its_limits():
     changed = tokens.clone()
     changed[:, 40] = (changed[:, 40] + 1) % 24
     a, b = igpt.eval()(tokens), igpt(changed)
-    assert torch.allclose(a[:, :40], b[:, :40], atol=1e-5) and not torch.allclose(a[:, 40:], b[:, 40:], atol=1e-5)
+    assert (torch.allclose(a[:, :40], b[:, :40], atol=1e-5)
+            and not torch.allclose(a[:, 40:], b[:, 40:], atol=1e-5))
     with pytest.raises(InputError):
         igpt(torch.zeros(1, 59, dtype=torch.long))
     with pytest.raises(InputError):
@@ -680,12 +747,14 @@ def test_igpt_is_causal_and_knows_its_limits():
 def test_a_parallel_predictor_sees_the_caption_and_no_code():
     vqvae, tokenizer, _ = small_models()
     torch.manual_seed(0)
-    model = mmgen.ParallelPredictor(24, tokenizer.vocab_size, 58, 32, 2, 2, 0.0, vqvae.codebook.weight).eval()
+    model = mmgen.ParallelPredictor(24, tokenizer.vocab_size, 58, 32, 2, 2, 0.0,
+                                    vqvae.codebook.weight).eval()
     tokens, ids = torch.randint(24, (3, 49)), tokenizer.encode_batch(TEXTS)
     rows = make_sequences(tokens, ids, tokenizer, "text_image")
     others = make_sequences(torch.randint(24, (3, 49)), ids, tokenizer, "text_image")
     logits = model(rows[:, :-1])
-    assert logits.shape == (3, 57, tokenizer.vocab_size) and torch.equal(logits, model(others[:, :-1]))
+    assert (logits.shape == (3, 57, tokenizer.vocab_size)
+            and torch.equal(logits, model(others[:, :-1])))
     prompts = torch.stack([mmgen.text_prompt(tokenizer, t) for t in TEXTS])
     assert torch.allclose(model.predict(prompts, 49), logits[:, 8:, :24], atol=1e-5)
     assert not torch.allclose(logits[0, 8:], logits[1, 8:])
@@ -695,24 +764,29 @@ def test_a_parallel_predictor_sees_the_caption_and_no_code():
 
 def test_a_parallel_predictor_draws_for_captions_of_any_length():
     vqvae, tokenizer, _ = small_models()
-    model = mmgen.ParallelPredictor(24, tokenizer.vocab_size, 58, 32, 2, 2, 0.0, vqvae.codebook.weight).eval()
-    images, captions = mmgen.make_samples("text", vqvae, model, tokenizer, SamplingConfig(), ["red one", TEXTS[0]], 2)
+    model = mmgen.ParallelPredictor(24, tokenizer.vocab_size, 58, 32, 2, 2, 0.0,
+                                    vqvae.codebook.weight).eval()
+    images, captions = mmgen.make_samples("text", vqvae, model, tokenizer, SamplingConfig(),
+                                          ["red one", TEXTS[0]], 2)
     assert images.shape == (4, 28, 28, 3) and captions == ["red one"] * 2 + [TEXTS[0]] * 2
 
 
 @pytest.mark.parametrize("regime", ["multi", "single"])
 def test_training_a_parallel_predictor(tmp_path, data_dir, regime):
-    result = command("train", "--phase", regime, "--predictor", "parallel", "--preset", "tiny", "--data", data_dir, "--run",
-                     tmp_path)
+    result = command("train", "--phase", regime, "--predictor", "parallel", "--preset", "tiny",
+                     "--data", data_dir, "--run", tmp_path)
     assert result.returncode == 0, result.stderr
     rows = list(csv.DictReader((tmp_path / "results/training_curves.csv").open()))
-    rows = [row for row in rows if row["phase"] in ("igpt", "single") and row.get("train_xent") or row["phase"] == "igpt"]
+    rows = [row for row in rows if row["phase"] in ("igpt", "single") and row.get("train_xent")
+            or row["phase"] == "igpt"]
     key = "train_loss" if regime == "multi" else "train_xent"
     assert float(rows[-1][key]) < float(rows[0][key])
     assert np.load(tmp_path / "results/text_conditioned_samples.npy").shape == (9, 28, 28, 3)
     result = command("eval", "--run", tmp_path, "--data", data_dir, "--json")
-    assert result.returncode == 0 and {"code_accuracy", "recon_mse"} <= json.loads(result.stdout).keys()
-    for more in (["--mode", "image"], ["--mode", "unconditional"], ["--mode", "text", "--best-of", "2"]):
+    assert (result.returncode == 0
+            and {"code_accuracy", "recon_mse"} <= json.loads(result.stdout).keys())
+    for more in (["--mode", "image"], ["--mode", "unconditional"],
+                 ["--mode", "text", "--best-of", "2"]):
         result = command("sample", "--run", tmp_path, "--data", data_dir, *more)
         assert result.returncode == 2 and "parallel predictor" in result.stderr
 
@@ -721,7 +795,8 @@ def test_codes_alike_share_embeddings_and_the_codebook_gets_gradient():
     vqvae, tokenizer, igpt = small_models()
     assert not any(p is vqvae.codebook.weight for p in igpt.parameters())
     assert "_codebook" not in " ".join(igpt.state_dict())
-    rows = make_sequences(torch.randint(24, (2, 49)), tokenizer.encode_batch(TEXTS[:2]), tokenizer, "text_image")
+    rows = make_sequences(torch.randint(24, (2, 49)), tokenizer.encode_batch(TEXTS[:2]),
+                          tokenizer, "text_image")
     igpt(rows).square().mean().backward()
     assert vqvae.codebook.weight.grad.abs().sum() > 0
 
@@ -742,11 +817,13 @@ def test_some_sequences_train_without_the_sum_of_what_was_said():
     torch.manual_seed(0)
     vqvae, tokenizer, _ = small_models()
     igpt = iGPT(tokenizer.vocab_size, 58, 32, 2, 2, dropout=0.0, said_dropout=0.5)
-    row = make_sequences(torch.randint(24, (1, 49)), tokenizer.encode_batch(TEXTS[:1]), tokenizer, "text_image")
+    row = make_sequences(torch.randint(24, (1, 49)), tokenizer.encode_batch(TEXTS[:1]),
+                         tokenizer, "text_image")
     _, said = igpt.locate(row.expand(400, -1))
     silent = (said == 0).all(-1).all(-1)
     assert 0.4 < silent.float().mean() < 0.6
-    assert torch.equal(said[~silent], said[~silent][:1].expand_as(said[~silent]))  # the others have all of it
+    # The others have all of it
+    assert torch.equal(said[~silent], said[~silent][:1].expand_as(said[~silent]))
     igpt.eval()
     assert torch.equal(igpt.locate(row)[1], said[~silent][:1])
 
@@ -759,7 +836,8 @@ def test_causal_attention_counts_from_the_last_column():
 
 def test_quantizer_takes_bfloat16_features():
     for ema in (0.0, 0.9):
-        z_q, tokens = mmgen.VectorQuantizer(5, 4, ema=ema)(torch.randn(2, 4, 3, 3).to(torch.bfloat16))
+        z_q, tokens = mmgen.VectorQuantizer(5, 4, ema=ema)(
+            torch.randn(2, 4, 3, 3).to(torch.bfloat16))
         assert z_q.shape == (2, 4, 3, 3) and tokens.shape == (2, 3, 3)
 
 
@@ -772,7 +850,7 @@ def test_dropout_only_in_training():
     assert torch.equal(igpt(tokens), igpt(tokens))
 
 
-# --- sampling ---------------------------------------------------------------------------------------------------
+# --- sampling -------------------------------------------------------------------------------------
 
 
 def test_top_k_and_top_p():
@@ -790,8 +868,10 @@ def test_unconditional_spans_never_mix():
     _, tokenizer, igpt = small_models()
     seen = []
     original = igpt.forward
-    igpt.forward = lambda tokens, *rest, **more: seen.append(tokens) or original(tokens, *rest, **more)
-    tokens, captions = mmgen.sample_pairs(igpt, tokenizer, 49, 40, SamplingConfig(temperature=3.0, top_p=1.0),
+    igpt.forward = lambda tokens, *rest, **more: (
+        seen.append(tokens) or original(tokens, *rest, **more))
+    tokens, captions = mmgen.sample_pairs(igpt, tokenizer, 49, 40,
+                                          SamplingConfig(temperature=3.0, top_p=1.0),
                                           torch.Generator().manual_seed(0))
     assert tokens.shape == (40, 49) and tokens.min() >= 0 and tokens.max() < 24
     assert len(captions) == 40 and all(set(c.split()) <= set(tokenizer.words) for c in captions)
@@ -804,12 +884,13 @@ def test_sampling_is_reproducible():
     _, tokenizer, igpt = small_models()
 
     def draw(seed):
-        return mmgen.sample_images(igpt, tokenizer, 49, TEXTS, SamplingConfig(), torch.Generator().manual_seed(seed))
+        return mmgen.sample_images(igpt, tokenizer, 49, TEXTS, SamplingConfig(),
+                                   torch.Generator().manual_seed(seed))
 
     assert torch.equal(draw(1), draw(1)) and not torch.equal(draw(1), draw(2))
 
 
-# --- training ---------------------------------------------------------------------------------------------------
+# --- training -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("regime", ["two-stage", "single", "multi"])
@@ -823,12 +904,14 @@ def test_loss_falls_in_every_regime(tmp_path, regime, capsys):
     assert list(dict.fromkeys(r["phase"] for r in rows)) == list(phases)
     mse = [r["test_recon_mse"] for r in rows if "test_recon_mse" in r]
     assert mse[-1] < 0.9 * mse[0]
-    nll = [r["test_nll"] if "test_nll" in r else r["test_loss"] for r in rows if r["phase"] in ("igpt", phases[-1])]
+    nll = [r["test_nll"] if "test_nll" in r else r["test_loss"] for r in rows
+           if r["phase"] in ("igpt", phases[-1])]
     assert nll[-1] < nll[0] - 0.1
-    figures = mmgen.evaluate(vqvae, igpt, tokenizer, data.test_images, data.test_captions, SamplingConfig())
-    assert {"recon_mse", "recon_psnr", "codebook_used", "codebook_perplexity", "nll_text_to_image", "nll_image_to_text",
-            "nll_image", "nll_text", "code_accuracy", "caption_exact", "caption_slot_accuracy",
-            "round_trip_exact"} <= figures.keys()
+    figures = mmgen.evaluate(vqvae, igpt, tokenizer, data.test_images, data.test_captions,
+                             SamplingConfig())
+    assert {"recon_mse", "recon_psnr", "codebook_used", "codebook_perplexity",
+            "nll_text_to_image", "nll_image_to_text", "nll_image", "nll_text", "code_accuracy",
+            "caption_exact", "caption_slot_accuracy", "round_trip_exact"} <= figures.keys()
     assert all(np.isfinite(v) for v in figures.values())
     uniform = np.log(cfg.vqvae_K)
     assert figures["nll_image"] < uniform and figures["nll_text"] < np.log(len(tokenizer.words))
@@ -841,7 +924,8 @@ def joint_trainer(lambda_xent=1.0, **options):
     x = torch.rand(4, 3, 28, 28, generator=torch.Generator().manual_seed(0)) * 2 - 1
     batch = (x, tokenizer.encode_batch(TEXTS + TEXTS[:1]))
     vqvae(x)  # data-dependent initialization
-    return JointTrainer("finetune", vqvae, igpt, tokenizer, optimizer, "cpu", lambda_xent=lambda_xent, **options), batch
+    return JointTrainer("finetune", vqvae, igpt, tokenizer, optimizer, "cpu",
+                        lambda_xent=lambda_xent, **options), batch
 
 
 def test_cross_entropy_reaches_encoder_and_codebook():
@@ -866,7 +950,8 @@ def test_cross_entropy_reaches_encoder_and_codebook():
 def test_soft_targets_move_features_to_where_the_transformer_expects_them():
     trainer, (x, text_ids) = joint_trainer(tau=1.0)
     z_e = trainer.vqvae.encoder(x).detach().requires_grad_()
-    rows = mmgen.mixed_sequences(trainer.vqvae.get_tokens(x).flatten(1), text_ids, trainer.tokenizer, trainer.orders)
+    rows = mmgen.mixed_sequences(trainer.vqvae.get_tokens(x).flatten(1), text_ids,
+                                 trainer.tokenizer, trainer.orders)
     wanted = 5
     with torch.no_grad():
         trainer.igpt.norm.weight.zero_(), trainer.igpt.norm.bias.fill_(1.0)
@@ -909,16 +994,19 @@ def test_frozen_parts_stay_frozen(tmp_path):
     assert all(torch.equal(before[k], v) for k, v in vqvae.state_dict().items())
     igpt_before = {k: v.clone() for k, v in igpt.state_dict().items()}
     vqvae, igpt, _ = mmgen.train_run(tmp_path, "finetune", cfg, data, torch.device("cpu"))
-    assert not any(torch.equal(before[k], v) for k, v in vqvae.state_dict().items() if k.endswith("weight"))
+    assert not any(torch.equal(before[k], v) for k, v in vqvae.state_dict().items()
+                   if k.endswith("weight"))
     assert not all(torch.equal(igpt_before[k], v) for k, v in igpt.state_dict().items())
 
 
 def test_phases_of_other_settings_keep_the_models_loadable(tmp_path):
     """Each model's file carries the configuration it was built with, not that of the last phase."""
     data = as_pairs(drawn(40, 8))
-    for phase, changes in (("vqvae", dict(vqvae_dim=8)), ("igpt", dict(d_model=16)), ("finetune", {})):
-        mmgen.train_run(tmp_path, phase, tiny_config(vqvae_steps=4, igpt_steps=4, finetune_steps=2, **changes), data,
-                        torch.device("cpu"))
+    for phase, changes in (("vqvae", dict(vqvae_dim=8)), ("igpt", dict(d_model=16)),
+                           ("finetune", {})):
+        mmgen.train_run(tmp_path, phase,
+                        tiny_config(vqvae_steps=4, igpt_steps=4, finetune_steps=2, **changes),
+                        data, torch.device("cpu"))
     vqvae = mmgen.load_vqvae(tmp_path / "checkpoints" / "vqvae_model.pth")
     igpt, _ = mmgen.load_igpt(tmp_path / "checkpoints" / "igpt_model.pth", vqvae)
     assert vqvae.encoder[0].out_channels == 8 and igpt.norm.normalized_shape == (16,)
@@ -930,16 +1018,19 @@ def test_phases_of_other_settings_keep_the_models_loadable(tmp_path):
 def test_muon_orthogonalizes(dtype):
     torch.manual_seed(0)
     random = torch.randn(3, 24, 60)
-    for x in (random, random.mT, torch.randn(3, 24, 1) @ torch.randn(3, 1, 60), torch.zeros(3, 24, 60)):
+    for x in (random, random.mT, torch.randn(3, 24, 1) @ torch.randn(3, 1, 60),
+              torch.zeros(3, 24, 60)):
         values = torch.linalg.svdvals(mmgen.Muon.orthogonalize(x, dtype).float())
         assert values.max() < 1.2  # also for rank one, where rounding once led to explosion
     assert torch.linalg.svdvals(mmgen.Muon.orthogonalize(random, dtype).float()).min() > 0.7
     weight = torch.nn.Parameter(torch.zeros(24, 60))
     bias = torch.nn.Parameter(torch.zeros(24))
-    muon = mmgen.Muon([{"params": [weight], "orthogonal": True, "lr": 0.1}, {"params": [bias]}], lr=0.01)
+    muon = mmgen.Muon([{"params": [weight], "orthogonal": True, "lr": 0.1}, {"params": [bias]}],
+                      lr=0.01)
     (weight.sum() + bias.sum()).backward()
     muon.step()
-    assert torch.linalg.matrix_norm(weight, 2) < 0.13 and torch.allclose(bias, torch.tensor(-0.01), atol=1e-4)
+    assert (torch.linalg.matrix_norm(weight, 2) < 0.13
+            and torch.allclose(bias, torch.tensor(-0.01), atol=1e-4))
 
 
 def test_cosine_scheduler():
@@ -958,11 +1049,14 @@ def test_library_snippets_of_the_notes(tmp_path):
     from mmgen import DataProcessor, load_colored_mnist_text, load_pickled_data
     images = drawn(40, 1)["train_images"] // 85
     (tmp_path / "a.pkl").write_bytes(pickle.dumps({"train": images[:32], "test": images[32:]}))
-    (tmp_path / "b.pkl").write_bytes(pickle.dumps((images[:32], images[32:], TEXTS * 10 + TEXTS[:2], TEXTS * 2 + TEXTS[:2])))
+    (tmp_path / "b.pkl").write_bytes(pickle.dumps(
+        (images[:32], images[32:], TEXTS * 10 + TEXTS[:2], TEXTS * 2 + TEXTS[:2])))
     device = "cpu"
     train_data, test_data = load_pickled_data(tmp_path / "a.pkl")
-    train_data_mm, test_data_mm, train_texts, test_texts = load_colored_mnist_text(tmp_path / "b.pkl")
-    train_loader, test_loader = DataProcessor.prepare_vqvae_data(train_data, test_data, batch_size=8)
+    train_data_mm, test_data_mm, train_texts, test_texts = load_colored_mnist_text(
+        tmp_path / "b.pkl")
+    train_loader, test_loader = DataProcessor.prepare_vqvae_data(
+        train_data, test_data, batch_size=8)
     batch = next(iter(train_loader))
     assert batch.shape == (8, 3, 28, 28) and batch.min() >= -1 and batch.max() <= 1
     vqvae = VQVAE(dim=16, K=24, D=16).to(device)
@@ -970,12 +1064,16 @@ def test_library_snippets_of_the_notes(tmp_path):
     train_losses, test_losses = trainer.train(train_loader, test_loader, num_epochs=3)
     assert len(train_losses) == len(test_losses) == 3 and test_losses[-1] < test_losses[0]
     text_tokenizer = Tokenizer(train_texts, vqvae.n_embeddings)
-    train_loader_igpt = create_dataset(train_data_mm, train_texts, vqvae, text_tokenizer, batch_size=8)
+    train_loader_igpt = create_dataset(train_data_mm, train_texts, vqvae, text_tokenizer,
+                                       batch_size=8)
     test_loader_igpt = create_dataset(test_data_mm, test_texts, vqvae, text_tokenizer, batch_size=8)
     vocab_size = vqvae.n_embeddings + len(text_tokenizer.all_words)
-    igpt = iGPT(vocab_size=vocab_size, context_length=58, d_model=32, n_heads=4, n_layers=2).to(device)
-    trainer_igpt = iGPTTrainer(igpt, torch.optim.Adam(igpt.parameters(), lr=1e-3), device, vocab_size, 58)
-    train_losses, test_losses = trainer_igpt.train(train_loader_igpt, test_loader_igpt, num_epochs=3)
+    igpt = iGPT(vocab_size=vocab_size, context_length=58, d_model=32, n_heads=4,
+                n_layers=2).to(device)
+    trainer_igpt = iGPTTrainer(igpt, torch.optim.Adam(igpt.parameters(), lr=1e-3), device,
+                               vocab_size, 58)
+    train_losses, test_losses = trainer_igpt.train(train_loader_igpt, test_loader_igpt,
+                                                   num_epochs=3)
     assert len(train_losses) == 3 and test_losses[-1] < test_losses[0]
     image = mmgen.generate_from_text(igpt, text_tokenizer, vqvae, TEXTS[0], device)
     assert image.shape == (1, 3, 28, 28)
@@ -987,12 +1085,13 @@ def test_library_snippets_of_the_notes(tmp_path):
     assert x.shape == (32, 3, 28, 28) and x.min() >= -1 and x.max() <= 1
 
 
-# --- files and command line -------------------------------------------------------------------------------------
+# --- files and command line -----------------------------------------------------------------------
 
 
 def test_a_run_writes_what_it_promises(trained):
-    for name in ("checkpoints/vqvae_model.pth", "checkpoints/igpt_model.pth", "results/training_curves.csv",
-                 "results/training_curves.ppm", "results/reconstructions.ppm"):
+    for name in ("checkpoints/vqvae_model.pth", "checkpoints/igpt_model.pth",
+                 "results/training_curves.csv", "results/training_curves.ppm",
+                 "results/reconstructions.ppm"):
         assert (trained / name).stat().st_size > 0
     header, *rows = (trained / "results/training_curves.csv").read_text().splitlines()
     assert {"phase", "step", "train_loss", "test_loss"} <= set(header.split(","))
@@ -1009,8 +1108,9 @@ def test_sample_text(trained, data_dir, tmp_path):
     (tmp_path / "p.txt").write_text("\n".join(prompts) + "\n")
     outputs = []
     for out in ("a", "b"):
-        result = command("sample", "--mode", "text", "--run", trained, "--prompts", tmp_path / "p.txt", "--prompt",
-                         prompts[0], "-n", 2, "--out", tmp_path / out, "--seed", 3)
+        result = command("sample", "--mode", "text", "--run", trained,
+                         "--prompts", tmp_path / "p.txt", "--prompt", prompts[0], "-n", 2,
+                         "--out", tmp_path / out, "--seed", 3)
         assert result.returncode == 0, result.stderr
         outputs.append((tmp_path / f"{out}.npy").read_bytes())
     assert outputs[0] == outputs[1]
@@ -1025,32 +1125,44 @@ def test_sample_image_from_npy_and_ppm(trained, data_dir, tmp_path):
     (tmp_path / "x.ppm").write_bytes(b"P6\n# a comment\n28 28\n255\n" + image.tobytes())
     texts = []
     for name in ("x.npy", "x.ppm"):
-        result = command("sample", "--mode", "image", "--run", trained, "--image", tmp_path / name, "--greedy", "--out",
-                         tmp_path / "out")
+        result = command("sample", "--mode", "image", "--run", trained,
+                         "--image", tmp_path / name, "--greedy", "--out", tmp_path / "out")
         assert result.returncode == 0, result.stderr
         texts.append((tmp_path / "out.txt").read_text())
     assert texts[0] == texts[1] and len(texts[0].splitlines()) == 1
 
 
 def test_sample_unconditional_shown_as_png(trained, data_dir, tmp_path):
-    result = command("sample", "--mode", "unconditional", "--run", trained, "-n", 5, "--out", tmp_path / "u.png", "--show")
+    result = command("sample", "--mode", "unconditional", "--run", trained, "-n", 5,
+                     "--out", tmp_path / "u.png", "--show")
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("▀") >= 5 * 28 * 14
     assert (tmp_path / "u.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     assert np.load(tmp_path / "u.npy").shape == (5, 28, 28, 3)
 
 
+def test_the_samples_of_a_prompt_share_a_row_of_the_grid(trained, data_dir, tmp_path):
+    for n, size in ((1, (3, 3)), (4, (5, 8))):  # rows and columns for nine prompts
+        images = np.zeros((9 * n, 4, 4, 3), np.uint8)
+        assert mmgen.picture_grid(images, together=n).shape == (size[0] * 10, size[1] * 10, 3)
+    result = command("sample", "--mode", "text", "--run", trained, "--data", data_dir, "-n", 5,
+                     "--prompt", TEXTS[0], "--prompt", TEXTS[1], "--out", tmp_path / "s")
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "s.ppm").read_bytes().startswith(b"P6\n290 116\n")  # 5 pictures by 2
+
+
 def test_a_begun_caption_is_completed_and_a_whole_one_kept():
     vqvae, tokenizer, igpt = small_models()
-    done = mmgen.complete_captions(igpt, tokenizer, [TEXTS[0], "plain red", "green"], SamplingConfig(),
-                                   torch.Generator().manual_seed(0))
+    done = mmgen.complete_captions(igpt, tokenizer, [TEXTS[0], "plain red", "green"],
+                                   SamplingConfig(), torch.Generator().manual_seed(0))
     assert done[0] == TEXTS[0] and done[1].startswith("plain red") and done[2].startswith("green")
     assert all(1 <= len(c.split()) <= 6 for c in done) and len(done[1].split()) > 2
     generate = mmgen.generate
     try:  # a model that thinks the end is next leaves the caption alone
         mmgen.generate = lambda model, prompts, n_new, *rest, **options: torch.full(
             (len(prompts), n_new), tokenizer.end_of_text_token)
-        assert mmgen.complete_captions(igpt, tokenizer, ["plain red"], SamplingConfig()) == ["plain red"]
+        assert (mmgen.complete_captions(igpt, tokenizer, ["plain red"], SamplingConfig())
+                == ["plain red"])
     finally:
         mmgen.generate = generate
     with pytest.raises(InputError, match="unknown word"):
@@ -1060,8 +1172,8 @@ def test_a_begun_caption_is_completed_and_a_whole_one_kept():
 def test_completion_keeps_the_first_rows(trained, data_dir, tmp_path):
     images = mmgen.load_data(data_dir, log=None).test_images[:3]
     np.save(tmp_path / "x.npy", images)
-    result = command("sample", "--mode", "image", "--complete", 3, "--run", trained, "--image", tmp_path / "x.npy", "-n", 2,
-                     "--out", tmp_path / "out")
+    result = command("sample", "--mode", "image", "--complete", 3, "--run", trained,
+                     "--image", tmp_path / "x.npy", "-n", 2, "--out", tmp_path / "out")
     assert result.returncode == 0, result.stderr
     out = np.load(tmp_path / "out.npy")
     assert out.shape == (6, 28, 28, 3) and len((tmp_path / "out.txt").read_text().splitlines()) == 6
@@ -1069,8 +1181,10 @@ def test_completion_keeps_the_first_rows(trained, data_dir, tmp_path):
     kept = mmgen.extract_tokens(vqvae, images)[:, :21]
     igpt, tokenizer = mmgen.load_igpt(trained / "checkpoints/igpt_model.pth", vqvae)
     whole = mmgen.complete_images(igpt, tokenizer, kept, 49, SamplingConfig())
-    assert whole.shape == (3, 49) and (whole[:, :21] == kept).all() and whole.max() < vqvae.n_embeddings
-    result = command("sample", "--mode", "image", "--complete", 7, "--run", trained, "--image", tmp_path / "x.npy")
+    assert (whole.shape == (3, 49) and (whole[:, :21] == kept).all()
+            and whole.max() < vqvae.n_embeddings)
+    result = command("sample", "--mode", "image", "--complete", 7, "--run", trained,
+                     "--image", tmp_path / "x.npy")
     assert result.returncode == 2 and "7 rows" in result.stderr
 
 
@@ -1081,7 +1195,8 @@ def test_a_completed_picture_keeps_its_colors():
     igpt = iGPT(tokenizer.vocab_size, 58, 32, 2, 2).eval()
     images = drawn(4, 6)["test_images"]
     seen = []
-    decode, vqvae.decode_tokens = vqvae.decode_tokens, lambda tokens: seen.append(tokens) or decode(tokens)
+    decode, vqvae.decode_tokens = (vqvae.decode_tokens,
+                                   lambda tokens: seen.append(tokens) or decode(tokens))
     mmgen.make_samples("image", vqvae, igpt, tokenizer, SamplingConfig(), images, complete=3)
     whole, made = mmgen.extract_tokens(vqvae, images).view(-1, 7, 7), seen[0].view(-1, 7, 7)
     assert torch.equal(made[:, :3], whole[:, :3]) and not torch.equal(made[:, 3:], whole[:, 3:])
@@ -1102,7 +1217,8 @@ def test_likelihoods_are_those_of_the_next_token_predictions():
             log_p = igpt(row[None, :-1]).log_softmax(-1)[0, len(prompt) - 1 :]
             assert torch.allclose(log_p.gather(1, tokens[i][:, None]).sum(), drawn[i], atol=1e-3)
             prompt = mmgen.image_prompts(tokenizer, tokens[i : i + 1])[0]
-            ids = ids if len(ids) == 6 else torch.cat([ids, torch.tensor([tokenizer.end_of_text_token])])
+            ids = (ids if len(ids) == 6
+                   else torch.cat([ids, torch.tensor([tokenizer.end_of_text_token])]))
             row = torch.cat([prompt, ids])
             log_p = igpt(row[None, :-1]).log_softmax(-1)[0, len(prompt) - 1 :]
             assert torch.allclose(log_p.gather(1, ids[:, None]).sum(), read[i], atol=1e-3)
@@ -1113,21 +1229,25 @@ def test_score_and_best_of(trained, data_dir, tmp_path):
     data = mmgen.load_data(data_dir, log=None)
     np.save(tmp_path / "x.npy", data.test_images[:2])
     (tmp_path / "p.txt").write_text("\n".join(data.test_captions[:2]))
-    result = command("score", "--run", trained, "--image", tmp_path / "x.npy", "--prompts", tmp_path / "p.txt")
+    result = command("score", "--run", trained, "--image", tmp_path / "x.npy",
+                     "--prompts", tmp_path / "p.txt")
     assert result.returncode == 0, result.stderr
-    header, *rows = result.stdout.splitlines()
+    _, header, *rows = result.stdout.splitlines()
+    assert header.split() == [*["picture|caption", "caption|picture", "pair"] * 2, "caption"]
     assert len(rows) == 2 and all(row.endswith(text) for row, text in zip(rows, data.test_captions))
     nats, bits = float(rows[0].split()[0]), float(rows[0].split()[3])
     assert nats < 0 and bits == pytest.approx(-nats / 49 / np.log(2), abs=1e-3)
     models = mmgen.load_models(argparse.Namespace(run=trained, device="cpu", threads=None))
     captions, means = data.test_captions[:4], []
     for best_of in (1, 8):
-        images, texts = mmgen.make_samples("text", *models, SamplingConfig(), captions, best_of=best_of)
+        images, texts = mmgen.make_samples("text", *models, SamplingConfig(), captions,
+                                           best_of=best_of)
         assert images.shape == (4, 28, 28, 3) and texts == captions
         tokens = mmgen.extract_tokens(models[0], images)
         means.append(mmgen.likelihoods(*models[1:], tokens, texts)[1].mean())
     assert means[1] > means[0]
-    images, texts = mmgen.make_samples("image", *models, SamplingConfig(), data.test_images[:4], 2, best_of=3)
+    images, texts = mmgen.make_samples("image", *models, SamplingConfig(), data.test_images[:4],
+                                       2, best_of=3)
     assert (images == np.repeat(data.test_images[:4], 2, 0)).all() and len(texts) == 8
 
 
@@ -1140,9 +1260,11 @@ def test_eval_json(trained, data_dir):
 
 
 def test_a_32_pixel_run(tmp_path):
-    assert command("data", "--data", tmp_path, "--train", 40, "--test", 8, "--size", 32).returncode == 0
-    result = command("train", "--phase", "multi", "--preset", "tiny", "--data", tmp_path, "--run", tmp_path,
-                     "--vqvae-steps", 10, "--igpt-steps", 10, "--finetune-epochs", 0)
+    assert command("data", "--data", tmp_path, "--train", 40, "--test", 8,
+                   "--size", 32).returncode == 0
+    result = command("train", "--phase", "multi", "--preset", "tiny", "--data", tmp_path,
+                     "--run", tmp_path, "--vqvae-steps", 10, "--igpt-steps", 10,
+                     "--finetune-epochs", 0)
     assert result.returncode == 0, result.stderr
     assert np.load(tmp_path / "results/unconditional_samples.npy").shape == (9, 32, 32, 3)
     assert "finetune" not in (tmp_path / "results/training_curves.csv").read_text()
@@ -1150,13 +1272,14 @@ def test_a_32_pixel_run(tmp_path):
 
 def test_data_is_drawn_when_there_is_none(tmp_path, monkeypatch):
     monkeypatch.setattr(mmgen, "N_DRAWN", (32, 8))
-    status = mmgen.main(["train", "--phase", "vqvae", "--preset", "tiny", "--vqvae-steps", "2", "--data",
-                         str(tmp_path / "d"), "--run", str(tmp_path)])
+    status = mmgen.main(["train", "--phase", "vqvae", "--preset", "tiny", "--vqvae-steps", "2",
+                         "--data", str(tmp_path / "d"), "--run", str(tmp_path)])
     assert status == 0 and (tmp_path / "checkpoints/vqvae_model.pth").exists()
 
 
 def test_resume_gives_the_same_weights(tmp_path, data_dir):
-    cfg, data = tiny_config(vqvae_steps=20, igpt_steps=20, finetune_steps=10), mmgen.load_data(data_dir, log=None)
+    cfg, data = (tiny_config(vqvae_steps=20, igpt_steps=20, finetune_steps=10),
+                 mmgen.load_data(data_dir, log=None))
     cfg = dataclasses.replace(cfg, optimizer="muon", dropout=0.1, ema=0.9, delay=2, copies=1)
     mmgen.train_run(tmp_path / "whole", "multi", cfg, data, torch.device("cpu"))
     stops = iter([("vqvae", 7), ("igpt", 5), ("igpt", 16), ("finetune", 3)])
@@ -1180,7 +1303,8 @@ def test_resume_gives_the_same_weights(tmp_path, data_dir):
         while True:
             try:
                 torch.manual_seed(1234 + kills)  # a new process has other hidden state
-                mmgen.train_run(tmp_path / "cut", "multi", cfg, data, torch.device("cpu"), resume=True)
+                mmgen.train_run(tmp_path / "cut", "multi", cfg, data, torch.device("cpu"),
+                                resume=True)
                 break
             except Killed:
                 kills, target = kills + 1, next(stops, None)
@@ -1188,17 +1312,20 @@ def test_resume_gives_the_same_weights(tmp_path, data_dir):
         mmgen.Run.on_step = original
     assert kills == 4
     for name in ("vqvae_model.pth", "igpt_model.pth"):
-        a, b = (torch.load(tmp_path / f / "checkpoints" / name, weights_only=True)["model"] for f in ("whole", "cut"))
+        a, b = (torch.load(tmp_path / f / "checkpoints" / name, weights_only=True)["model"]
+                for f in ("whole", "cut"))
         assert all(torch.equal(a[k], b[k]) for k in a)
 
 
 @pytest.mark.parametrize("regime", ["two-stage", "single", "multi"])
 def test_kill_9_at_any_moment_then_resume(tmp_path, data_dir, regime):
     """Killed again and again, the run ends with the weights of the one that never was."""
-    args = ["train", "--phase", regime, "--preset", "tiny", "--optimizer", "muon", "--factored", "auto", "--vqvae-steps",
-            "40", "--igpt-steps", "40", "--finetune-steps", "10", "--single-steps", "40", "--data", str(data_dir)]
+    args = ["train", "--phase", regime, "--preset", "tiny", "--optimizer", "muon",
+            "--factored", "auto", "--vqvae-steps", "40", "--igpt-steps", "40",
+            "--finetune-steps", "10", "--single-steps", "40", "--data", str(data_dir)]
     assert separately(*args, "--run", tmp_path / "whole").returncode == 0
-    program = f"import sys; sys.path.insert(0, {str(MMGEN.parent)!r}); import mmgen; mmgen.SAVE_SECONDS = 0.05; " \
+    program = f"import sys; sys.path.insert(0, {str(MMGEN.parent)!r}); import mmgen; " \
+              "mmgen.SAVE_SECONDS = 0.05; " \
               f"sys.exit(mmgen.main({[*args, '--resume', '--run', str(tmp_path / 'cut')]!r}))"
     rng, kills, state = np.random.default_rng(0), 0, tmp_path / "cut" / "checkpoints" / "state.pth"
     while True:
@@ -1216,9 +1343,11 @@ def test_kill_9_at_any_moment_then_resume(tmp_path, data_dir, regime):
             kills += 1
     assert kills >= 1
     for name in ("vqvae_model.pth", "igpt_model.pth"):
-        a, b = (torch.load(tmp_path / f / "checkpoints" / name, weights_only=True)["model"] for f in ("whole", "cut"))
+        a, b = (torch.load(tmp_path / f / "checkpoints" / name, weights_only=True)["model"]
+                for f in ("whole", "cut"))
         assert all(torch.equal(a[k], b[k]) for k in a)
-    curves = [list(csv.DictReader((tmp_path / f / "results/training_curves.csv").open())) for f in ("whole", "cut")]
+    curves = [list(csv.DictReader((tmp_path / f / "results/training_curves.csv").open()))
+              for f in ("whole", "cut")]
     for rows in curves:
         for row in rows:
             del row["seconds"]
@@ -1228,7 +1357,8 @@ def test_kill_9_at_any_moment_then_resume(tmp_path, data_dir, regime):
 def test_two_trainings_in_one_directory(tmp_path, data_dir):
     run = mmgen.Run(tmp_path, "vqvae", tiny_config(), mmgen.load_data(data_dir, log=None))
     with run.alone():
-        result = command("train", "--phase", "vqvae", "--preset", "tiny", "--data", data_dir, "--run", tmp_path)
+        result = command("train", "--phase", "vqvae", "--preset", "tiny", "--data", data_dir,
+                         "--run", tmp_path)
     assert result.returncode == 2 and "another training" in result.stderr
     assert not (tmp_path / "checkpoints" / "vqvae_model.pth").exists()
 
@@ -1239,18 +1369,20 @@ def test_two_trainings_in_one_directory(tmp_path, data_dir):
     (["train", "--phase", "multi", "--vqvae-lr", "-1"], "range"),
     (["train", "--phase", "igpt", "--data", "{data}", "--run", "{tmp}"], "does not exist"),
     (["train", "--phase", "multi", "--data", "{data}", "--run", "{run}"], "holds a run"),
-    (["train", "--phase", "multi", "--resume", "--preset", "tiny", "--vqvae-lr", "0.5", "--data", "{data}", "--run",
-      "{run}"], "vqvae_lr"),
-    (["sample", "--mode", "text", "--run", "{run}", "--prompt", "dark red sevn on light blue"], "did you mean"),
+    (["train", "--phase", "multi", "--resume", "--preset", "tiny", "--vqvae-lr", "0.5",
+      "--data", "{data}", "--run", "{run}"], "vqvae_lr"),
+    (["sample", "--mode", "text", "--run", "{run}", "--prompt", "dark red sevn on light blue"],
+     "did you mean"),
     (["sample", "--mode", "text", "--run", "{run}", "--prompt", ""], "has 0 words"),
     (["sample", "--mode", "text", "--run", "{tmp}"], "does not exist"),
-    (["sample", "--mode", "image", "--run", "{run}", "--image", "{tmp}/none.npy"], "does not exist"),
+    (["sample", "--mode", "image", "--run", "{run}", "--image", "{tmp}/none.npy"],
+     "does not exist"),
     (["sample", "--mode", "image", "--run", "{run}", "--image", "{junk}"], "neither"),
     (["eval", "--run", "{run}", "--data", "{tmp}"], "no data"),
     (["data", "--size", "30", "--data", "{tmp}"], "divisible by 4"),
     (["train", "--phase", "multi", "--resume", "--overwrite"], "not allowed with"),
-    (["train", "--phase", "multi", "--preset", "tiny", "--igpt-epochs", "0", "--data", "{data}", "--run", "{tmp}/x",
-      "--vqvae-steps", "1"], "only finetune"),
+    (["train", "--phase", "multi", "--preset", "tiny", "--igpt-epochs", "0", "--data", "{data}",
+      "--run", "{tmp}/x", "--vqvae-steps", "1"], "only finetune"),
     (["train", "--phase", "vqvae", "--orders", "sideways"], "orders"),
     (["eval", "--device", "quantum", "--run", "{run}"], "quantum"),
 ])
@@ -1258,15 +1390,18 @@ def test_errors_are_one_line(args, message, trained, data_dir, tmp_path):
     (tmp_path / "junk").write_bytes(b"what is this?")
     places = dict(data=data_dir, run=trained, tmp=tmp_path, junk=tmp_path / "junk")
     result = command(*[a.format(**places) for a in args], cwd=tmp_path)
-    lines = [line for line in result.stderr.splitlines() if not line.startswith(("preset", str(data_dir)))]
+    lines = [line for line in result.stderr.splitlines()
+             if not line.startswith(("preset", str(data_dir)))]
     assert result.returncode == 2 and "Traceback" not in result.stderr
-    assert lines[-1].startswith("mmgen: error: ") and message in lines[-1] and len(lines) == 1, result.stderr
+    assert (lines[-1].startswith("mmgen: error: ") and message in lines[-1]
+            and len(lines) == 1), result.stderr
 
 
 @pytest.mark.parametrize("number,status", [(2, 130), (15, 143)])
 def test_ctrl_c_and_sigterm_save_and_exit(tmp_path, data_dir, number, status):
-    process = subprocess.Popen([sys.executable, str(MMGEN), "train", "--phase", "vqvae", "--preset", "tiny",
-                                "--vqvae-steps", "100000", "--data", str(data_dir), "--run", str(tmp_path)],
+    process = subprocess.Popen([sys.executable, str(MMGEN), "train", "--phase", "vqvae",
+                                "--preset", "tiny", "--vqvae-steps", "100000",
+                                "--data", str(data_dir), "--run", str(tmp_path)],
                                stderr=subprocess.PIPE, text=True)
     state = tmp_path / "checkpoints" / "state.pth"
     while not state.exists() and process.poll() is None:
@@ -1279,18 +1414,22 @@ def test_ctrl_c_and_sigterm_save_and_exit(tmp_path, data_dir, number, status):
 
 def test_same_seed_same_bytes(tmp_path, data_dir):
     for name in ("a", "b"):
-        result = (separately if name == "a" else command)("train", "--phase", "multi", "--preset", "tiny", "--vqvae-steps", 20, "--igpt-steps", 20,
-                         "--finetune-steps", 5, "--seed", 7, "--data", data_dir, "--run", tmp_path / name)
+        result = (separately if name == "a" else command)(
+            "train", "--phase", "multi", "--preset", "tiny", "--vqvae-steps", 20,
+            "--igpt-steps", 20, "--finetune-steps", 5, "--seed", 7, "--data", data_dir,
+            "--run", tmp_path / name)
         assert result.returncode == 0, result.stderr
     files = [p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*") if p.is_file()]
-    files = [p for p in files if p.name not in ("state.pth", "training_curves.csv")]  # these hold times
+    files = [p for p in files
+             if p.name not in ("state.pth", "training_curves.csv")]  # these hold times
     assert len(files) >= 12
     for path in files:
         assert (tmp_path / "a" / path).read_bytes() == (tmp_path / "b" / path).read_bytes(), path
 
 
 @pytest.mark.parametrize("in_training,step", [(True, 3), (False, 4)])
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, data_dir, monkeypatch, capsys, in_training, step):
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, data_dir, monkeypatch, capsys,
+                                                 in_training, step):
     args = ["train", "--preset", "tiny", "--data", str(data_dir), "--run", str(tmp_path), "--phase"]
     assert mmgen.main([*args, "two-stage", "--vqvae-steps", "10", "--igpt-steps", "10"]) == 0
     good = [(tmp_path / f"checkpoints/{name}_model.pth").read_bytes() for name in ("vqvae", "igpt")]
@@ -1302,8 +1441,10 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, data_dir, monkeypatch
 
     monkeypatch.setattr(mmgen, "compute_loss", loss)
     assert mmgen.main([*args, "finetune"]) == 2
-    assert f"mmgen: error: the loss is nan at step {step} of phase finetune" in capsys.readouterr().err
-    assert good == [(tmp_path / f"checkpoints/{name}_model.pth").read_bytes() for name in ("vqvae", "igpt")]
+    assert (f"mmgen: error: the loss is nan at step {step} of phase finetune"
+            in capsys.readouterr().err)
+    assert good == [(tmp_path / f"checkpoints/{name}_model.pth").read_bytes()
+                    for name in ("vqvae", "igpt")]
 
 
 def test_a_full_disk_leaves_the_old_files_whole(trained, data_dir, tmp_path):
@@ -1311,23 +1452,28 @@ def test_a_full_disk_leaves_the_old_files_whole(trained, data_dir, tmp_path):
     shutil.copytree(trained, tmp_path / "run")
     before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
     program = f"import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000)); " \
-              f"sys.path.insert(0, {str(MMGEN.parent)!r}); import mmgen; sys.exit(mmgen.main(sys.argv[1:]))"
-    for args in (["train", "--phase", "multi", "--preset", "tiny", "--overwrite"], ["sample", "--mode", "text"]):
-        result = subprocess.run([sys.executable, "-c", program, *args, "--data", data_dir, "--run", tmp_path / "run"],
-                                capture_output=True, text=True)
+              f"sys.path.insert(0, {str(MMGEN.parent)!r}); import mmgen; " \
+              "sys.exit(mmgen.main(sys.argv[1:]))"
+    for args in (["train", "--phase", "multi", "--preset", "tiny", "--overwrite"],
+                 ["sample", "--mode", "text"]):
+        result = subprocess.run([sys.executable, "-c", program, *args, "--data", data_dir,
+                                 "--run", tmp_path / "run"], capture_output=True, text=True)
         assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
         assert result.stderr.splitlines()[-1].startswith("mmgen: error: "), result.stderr
-        after = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file() and p.name != ".lock"}
+        after = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*")
+                 if p.is_file() and p.name != ".lock"}
         assert after == {p: b for p, b in before.items() if p.name != ".lock"}
 
 
 def test_a_damaged_state_is_refused(tmp_path, data_dir):
-    cfg, data, cpu = tiny_config(vqvae_steps=20), mmgen.load_data(data_dir, log=None), torch.device("cpu")
+    cfg, data, cpu = (tiny_config(vqvae_steps=20), mmgen.load_data(data_dir, log=None),
+                      torch.device("cpu"))
     trainer, *_ = mmgen.prepare_vqvae(cfg, data, mmgen.build_vqvae(cfg, (28, 28)), cpu)
     run = mmgen.Run(tmp_path, "vqvae", cfg, data)
     run.save(trainer)
     good = torch.load(run.state_path, weights_only=True)
-    for keys in (["rows"], ["trainer", "step"], ["trainer", "optimizer"], ["trainer", "modules", "vqvae", "codebook.idle"]):
+    for keys in (["rows"], ["trainer", "step"], ["trainer", "optimizer"],
+                 ["trainer", "modules", "vqvae", "codebook.idle"]):
         state = copy.deepcopy(good)
         functools.reduce(dict.get, keys[:-1], state).pop(keys[-1])
         mmgen.save_checkpoint(run.state_path, "state", state)
@@ -1338,19 +1484,21 @@ def test_a_damaged_state_is_refused(tmp_path, data_dir):
 
 def test_a_finished_run_changes_nothing(trained, data_dir):
     before = {p: p.read_bytes() for p in trained.rglob("*") if p.is_file()}
-    result = command("train", "--phase", "multi", "--preset", "tiny", "--data", data_dir, "--run", trained, "--resume")
+    result = command("train", "--phase", "multi", "--preset", "tiny", "--data", data_dir,
+                     "--run", trained, "--resume")
     assert result.returncode == 0 and "finished" in result.stderr
     assert before == {p: p.read_bytes() for p in trained.rglob("*") if p.is_file()}
 
 
 def mutated(good, rng):
-    """Bytes of a file with a few bits flipped, a piece cut out, doubled or overwritten, or the end missing."""
+    """Bytes of a file with a few bits flipped, a piece cut out, doubled or overwritten, or the end
+    missing."""
     data = bytearray(good)
 
     def somewhere():  # headers and directories stand at the ends, and deserve half of the damage
         near = min(len(data), 300)
-        return int(rng.choice([rng.integers(len(data)), rng.integers(near), len(data) - 1 - rng.integers(near)],
-                              p=[0.5, 0.25, 0.25]))
+        return int(rng.choice([rng.integers(len(data)), rng.integers(near),
+                               len(data) - 1 - rng.integers(near)], p=[0.5, 0.25, 0.25]))
 
     for _ in range(rng.integers(1, 4)):
         at, length = somewhere(), int(rng.integers(1, 40))
@@ -1376,25 +1524,30 @@ def good_files(trained, tmp_path_factory):
     folder, pairs = tmp_path_factory.mktemp("good"), drawn(12, 4)
     images, test = pairs["train_images"], pairs["test_images"]
     texts = [list(map(str, pairs[f"{part}_captions"])) for part in ("train", "test")]
-    files = {f"mnist/{part}-{kind}": (content, lambda path: mmgen.load_data(path.parent.parent, log=None))
+    files = {f"mnist/{part}-{kind}": (content,
+                                      lambda path: mmgen.load_data(path.parent.parent, log=None))
              for part, n in (("train", 12), ("t10k", 4)) for kind, content in (
-                 ("images-idx3-ubyte", struct.pack(">4I", 0x803, n, 28, 28) + images[:n, ..., 0].tobytes()),
+                 ("images-idx3-ubyte",
+                  struct.pack(">4I", 0x803, n, 28, 28) + images[:n, ..., 0].tobytes()),
                  ("labels-idx1-ubyte", struct.pack(">2I", 0x801, n) + bytes(range(n // 2)) * 2))}
 
     def in_folder(path):
         return mmgen.load_data(path.parent, log=None)
 
     for protocol in (0, 2, 5):
-        files[f"{protocol}/colored_mnist_with_text.pkl"] = pickle.dumps((images, test, *texts), protocol), in_folder
+        files[f"{protocol}/colored_mnist_with_text.pkl"] = (
+            pickle.dumps((images, test, *texts), protocol), in_folder)
     files["d/colored_mnist_with_text.pkl"] = pickle.dumps(dict(
-        train_images=images / 255, test_images=test / 255, train_texts=np.array(texts[0]), test_texts=texts[1])), in_folder
+        train_images=images / 255, test_images=test / 255, train_texts=np.array(texts[0]),
+        test_texts=texts[1])), in_folder
     mmgen.write_pairs(folder, pairs)
     files["n/drawn.npz"] = (folder / "drawn.npz").read_bytes(), in_folder
     np.save(folder / "x.npy", images)
     files["x.npy"] = (folder / "x.npy").read_bytes(), mmgen.read_pictures
     files["x.ppm"] = b"P6\n# made by hand\n28 28\n255\n" + images[0].tobytes(), mmgen.read_pictures
     vqvae = mmgen.load_vqvae(trained / "checkpoints/vqvae_model.pth")
-    for name, reader in (("vqvae_model", mmgen.load_vqvae), ("igpt_model", lambda path: mmgen.load_igpt(path, vqvae)),
+    for name, reader in (("vqvae_model", mmgen.load_vqvae),
+                         ("igpt_model", lambda path: mmgen.load_igpt(path, vqvae)),
                          ("state", lambda path: mmgen.load_checkpoint(path, "state"))):
         files[f"c/{name}.pth"] = (trained / f"checkpoints/{name}.pth").read_bytes(), reader
     return files
@@ -1423,7 +1576,8 @@ def test_damaged_files_lead_to_one_clear_error(good_files, tmp_path):
                 outcome = "refused"
                 assert str(error) and "\n" not in str(error), (tried, name, error)
             except BaseException as error:
-                raise AssertionError(f"case {tried}, {name}: {type(error).__name__}: {error}") from error
+                raise AssertionError(
+                    f"case {tried}, {name}: {type(error).__name__}: {error}") from error
             outcomes[name, outcome] = outcomes.get((name, outcome), 0) + 1
             assert time.monotonic() - started < 5, (tried, name)
             path.write_bytes(good)
@@ -1433,15 +1587,16 @@ def test_damaged_files_lead_to_one_clear_error(good_files, tmp_path):
 
 
 def torchrun(*args):
-    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--",
-                           *map(str, args)], text=True, capture_output=True, timeout=240,
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                           "--nproc-per-node", "2", "--", *map(str, args)], text=True,
+                          capture_output=True, timeout=240,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 @pytest.mark.parametrize("regime", ["multi", "single"])
 def test_two_processes_train_as_one(tmp_path, data_dir, regime):
-    args = ["train", "--phase", regime, "--preset", "tiny", "--single-steps", 60, "--dropout", 0, "--ema", 0.9, "--delay", 2,
-            "--restart", 20, "--factored", "auto", "--data", data_dir]
+    args = ["train", "--phase", regime, "--preset", "tiny", "--single-steps", 60, "--dropout", 0,
+            "--ema", 0.9, "--delay", 2, "--restart", 20, "--factored", "auto", "--data", data_dir]
     assert command(*args, "--run", tmp_path / "one").returncode == 0
     result = torchrun(MMGEN, *args, "--run", tmp_path / "two")
     assert result.returncode == 0, result.stderr
@@ -1465,7 +1620,8 @@ torch.manual_seed(dist.get_rank())
 for _ in range(12):
     codes(torch.randn(2, 4, 3, 3) + 5 * dist.get_rank())
 dist.destroy_process_group()
-sys.stdout.write(f"codes {{mmgen.fingerprint(codes.weight)}} {{int((codes.weight.mean(1) > 2.5).sum())}}\\n")
+sys.stdout.write(f"codes {{mmgen.fingerprint(codes.weight)}} \
+{{int((codes.weight.mean(1) > 2.5).sum())}}\\n")
 """)
     result = torchrun(tmp_path / "program.py")
     assert result.returncode == 0, result.stderr
@@ -1475,16 +1631,21 @@ sys.stdout.write(f"codes {{mmgen.fingerprint(codes.weight)}} {{int((codes.weight
 
 
 def test_a_failing_process_ends_all_with_its_reason(tmp_path, data_dir):
-    result = torchrun(MMGEN, "train", "--phase", "igpt", "--preset", "tiny", "--data", data_dir, "--run", tmp_path)
-    assert result.returncode != 0 and "mmgen: error:" in result.stderr and "does not exist" in result.stderr
+    result = torchrun(MMGEN, "train", "--phase", "igpt", "--preset", "tiny", "--data", data_dir,
+                      "--run", tmp_path)
+    assert (result.returncode != 0 and "mmgen: error:" in result.stderr
+            and "does not exist" in result.stderr)
 
 
 def test_other_data_and_a_file_for_a_directory_are_refused(trained, data_dir, tmp_path):
     mmgen.write_pairs(tmp_path, drawn(20, 8, seed=9))
-    result = command("train", "--phase", "multi", "--preset", "tiny", "--data", tmp_path, "--run", trained, "--resume")
+    result = command("train", "--phase", "multi", "--preset", "tiny", "--data", tmp_path,
+                     "--run", trained, "--resume")
     assert result.returncode == 2 and "trained on other data" in result.stderr
-    result = command("train", "--phase", "vqvae", "--data", data_dir / "drawn.npz", "--run", tmp_path / "run")
-    assert result.returncode == 2 and "is a file" in result.stderr and not (tmp_path / "run").exists()
+    result = command("train", "--phase", "vqvae", "--data", data_dir / "drawn.npz",
+                     "--run", tmp_path / "run")
+    assert (result.returncode == 2 and "is a file" in result.stderr
+            and not (tmp_path / "run").exists())
     result = command("sample", "--mode", "unconditional", "--best-of", 2, "--run", trained)
     assert result.returncode == 2 and "--best-of" in result.stderr
 
@@ -1510,9 +1671,12 @@ def test_bench_prints_ratios(monkeypatch, capsys):
     monkeypatch.setattr(mmgen, "timed_in_turn", once)
     assert mmgen.main(["bench", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
-    assert len(rows) == 10 and all(row["ours"] > 0 and row["ratio"] == pytest.approx(row["other"] / row["ours"]) for row in rows)
+    assert (len(rows) == 10
+            and all(row["ours"] > 0 and row["ratio"] == pytest.approx(row["other"] / row["ours"])
+                    for row in rows))
     ratios = {(row["what"], row["against"]): row["ratio"] for row in rows}
-    assert ratios["quantizer, K 128, both ways", "(N,K,D) tensor"] > 5 and ratios["sampling 64 pictures", "no cache"] > 2
+    assert (ratios["quantizer, K 128, both ways", "(N,K,D) tensor"] > 5
+            and ratios["sampling 64 pictures", "no cache"] > 2)
     assert ratios["their cache", "as computed"] == 1
 
 
@@ -1523,7 +1687,8 @@ def test_a_cache_is_as_large_as_its_shape_says():
 
 
 def test_importing_does_nothing():
-    program = f"import sys; sys.path.insert(0, {str(MMGEN.parent)!r}); import torch; before = torch.get_rng_state(); " \
-              "import mmgen; assert (before == torch.get_rng_state()).all()"
+    program = f"import sys; sys.path.insert(0, {str(MMGEN.parent)!r}); import torch; " \
+              "before = torch.get_rng_state(); import mmgen; " \
+              "assert (before == torch.get_rng_state()).all()"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert result.returncode == 0 and result.stdout == "" and result.stderr == ""
