@@ -45,6 +45,7 @@ Where this departs from the two original notes, and why:
 """
 
 import argparse
+import colorsys
 import contextlib
 import csv
 import dataclasses
@@ -102,8 +103,7 @@ def summed(tensor):
 
 
 def knob(default, text, low=None, high=None, choices=None):
-    """A dataclass field that also carries what the command line needs: help text, range,
-    choices."""
+    """A dataclass field that carries what the command line needs: help text, range, choices."""
     return dataclasses.field(default=default, metadata=dict(
         help=text, low=low, high=high, choices=choices))
 
@@ -428,12 +428,8 @@ class Pairs:
 def palette():
     """Names 'light red', ... (24) and their RGB values, uint8 (24,3)."""
     names = [f"{shade} {hue}" for shade in SHADES for hue in HUES]
-    hsv = np.array([(hue, *shade) for shade in SHADES.values() for hue in HUES.values()])  # (24,3)
-    hue, saturation, value = hsv.T[..., None]  # (24,1) each
-    # HSV to RGB, a channel each for n = 5, 3, 1 (the closed form in Wikipedia's HSV article)
-    k = (np.array([5, 3, 1]) + hue * 6) % 6  # (24,3)
-    rgb = value - value * saturation * np.clip(np.minimum(k, 4 - k), 0, 1)
-    return names, np.round(255 * rgb).astype(np.uint8)
+    rgb = [colorsys.hsv_to_rgb(hue, *shade) for shade in SHADES.values() for hue in HUES.values()]
+    return names, np.round(255 * np.array(rgb)).astype(np.uint8)  # (24,3)
 
 
 def colorize(ink, labels, rng):
@@ -597,14 +593,13 @@ def _pictures(images, name, value_range, log):
 
 def _captions(texts, images, name):
     try:
-        texts = [str(t) if isinstance(t, str) else None for t in texts]  # np.str_ is a str, too
+        texts = [" ".join(t.split()) if isinstance(t, str) else None for t in texts]
     except TypeError:
         raise InputError(f"{name}: want a list of captions, found {type(texts).__name__}") from None
     if None in texts:
         raise InputError(f"{name}: caption {texts.index(None)} is no text")
-    empty = [i for i, text in enumerate(texts) if not text.strip()]
-    if empty:
-        raise InputError(f"{name}: caption {empty[0]} holds no word")
+    if "" in texts:
+        raise InputError(f"{name}: caption {texts.index('')} holds no word")
     if len(texts) != len(images):
         raise InputError(f"{name}: {len(texts)} captions for {len(images)} pictures")
     return texts
@@ -753,9 +748,9 @@ class BatchOrder(Sampler):
     def __len__(self):
         return self.steps
 
-    def set_epoch(self, epoch, skip=0):
-        """Make the next iteration pass number `epoch`, without its first `skip` batches."""
-        self.epoch, self.skip = epoch, skip
+    def set_epoch(self, epoch):
+        """Make the next iteration pass number `epoch`, from its batch number self.skip on."""
+        self.epoch, self.skip = epoch, 0
 
     def __iter__(self):
         first, known = self.epoch * self.steps, None
@@ -965,7 +960,6 @@ class ResidualBlock(nn.Module):
             nn.ReLU(), nn.Conv2d(dim, dim, 3, 1, 1), nn.ReLU(), nn.Conv2d(dim, dim, 1))
 
     def forward(self, x):
-        """(B,C,h,w) -> the same shape."""
         return x + self.net(x)
 
 
@@ -973,7 +967,6 @@ class ChannelNorm(nn.LayerNorm):
     """LayerNorm over the channels of each cell. (B,C,h,w) -> (B,C,h,w)."""
 
     def forward(self, x):
-        """(B,C,h,w) -> the same shape."""
         return super().forward(x.movedim(1, -1).float()).movedim(-1, 1)
 
 
@@ -1008,7 +1001,7 @@ class SelfAttention(nn.Module):
 
 def attend(q, k, v, causal, mask=None):
     """softmax(q k^T / sqrt(head_dim)) v. q (B,heads,T,head_dim), k and v (B,heads,columns,head_dim)
-    -> like q. mask as in SelfAttention, and instead of causal, which wants T == columns or T == 1.
+    -> like q. mask as in SelfAttention, and instead of causal, which wants T == columns.
     """
     B, heads, T, head_dim = q.shape
     if q.device.type != "cpu" or T > 1 and q.dtype != torch.bfloat16:
@@ -1059,6 +1052,7 @@ class VQVAE(nn.Module):
         if size[0] % 4 or size[1] % 4:
             raise InputError(f"picture size {size}: height and width must be divisible by 4")
         self.n_embeddings, self.size = K, tuple(size)
+        self.grid = size[0] // 4, size[1] // 4  # (h, w)
 
         def look():
             return [GridAttention(dim, self.grid)] if attention else []
@@ -1085,15 +1079,9 @@ class VQVAE(nn.Module):
         )
         self.to(memory_format=torch.channels_last)  # less reordering in convolutions: 4 % of a step
 
-    @property
-    def grid(self):
-        """(h, w) of the token grid."""
-        return self.size[0] // 4, self.size[1] // 4
-
     def forward(self, x):
         """x (B,3,H,W) in [-1,1] -> z_e (B,D,h,w), z_q (B,D,h,w), recon_x (B,3,H,W)."""
-        z_e, z_q, recon_x, _ = self.forward_with_tokens(x)
-        return z_e, z_q, recon_x
+        return self.forward_with_tokens(x)[:3]
 
     def forward_with_tokens(self, x):
         """As forward, and the tokens int64 (B,h,w)."""
@@ -1195,7 +1183,6 @@ class FactoredVQVAE(VQVAE):
         self.norm = ChannelNorm(D)  # of shape and colour together, in the corners
 
     def encode(self, x):
-        """Pictures (B,3,H,W) in [-1,1] -> features z_e (B,D,h,w)."""
         y, colors = own_colors(x)
         z = self.encoder(y)  # (B,D,h,w)
         corner = corners(z)  # (B,D,2,2)
@@ -1203,7 +1190,6 @@ class FactoredVQVAE(VQVAE):
         return self.norm(z)
 
     def decode(self, z):
-        """Code vectors (B,D,h,w) of any grid -> pictures (B,3,4h,4w)."""
         y = self.decoder(z).float()
         colors = self.colors_out(corners(z).flatten(1)).float().view(-1, 3, 4)
         with torch.autocast(z.device.type, enabled=False):
@@ -1221,8 +1207,7 @@ def compute_loss(x, recon_x, z_e, z_q, beta=0.25, extremes=0.0):
     recon = F.mse_loss(recon_x, x)
     if extremes:
         # A thin stroke is a few pixels, and mean squared error would rather blur its colour than
-        # miss its place. The largest and smallest value of each window have no place, only a
-        # colour.
+        # miss its place. The extremes of each window have no place, only a colour.
         peaks = functools.partial(F.max_pool2d, kernel_size=7, ceil_mode=True)
         recon = recon + extremes * sum(
             F.mse_loss(peaks(s * recon_x), peaks(s * x)) for s in (1, -1))
@@ -1234,7 +1219,8 @@ def compute_loss(x, recon_x, z_e, z_q, beta=0.25, extremes=0.0):
 # The usual decoder-only transformer (GPT-2's pre-norm block), with three things of its own: places
 # are counted from the last mark, one vector tells what the span before that mark said, and the
 # tables of the picture tokens are built from the codebook. To copy it, take InputError,
-# SelfAttention and attend from above with it; to sample, the section Sampling and SamplingConfig.
+# SelfAttention and attend from above with it; to sample, the section Sampling down to generate,
+# whose `how` may be anything with the fields of SamplingConfig.
 
 
 class KVCache:
@@ -1282,7 +1268,6 @@ class Block(nn.Module):
         self.dropout = dropout
 
     def forward(self, x, causal=True, mask=None, cached=None):
-        """x (B,T,d) -> (B,T,d)."""
         p = self.dropout * self.training
         x = x + byte_dropout(self.attention(self.norm1(x), causal, mask, cached), p)
         return x + byte_dropout(self.mlp(self.norm2(x)), p)
@@ -1372,7 +1357,7 @@ class iGPT(nn.Module):
         Raises InputError for more tokens than the context.
         """
         B, T = tokens.shape
-        assert cache is not None or position == 0, "without a cache, what came before is unknown"
+        assert position == 0 or cache is not None and located is not None, "what came before?"
         if position + T > self.context_length:
             raise InputError(f"{position + T} tokens, the context holds {self.context_length}")
         embedding, output = tables or self.tables()
@@ -1439,11 +1424,6 @@ class ParallelPredictor(iGPT):
 # in where they enter the ring IMAGE EOI TEXT EOT, and nothing else.
 
 
-def sequence_length(n_tokens, tokenizer):
-    """BOS + IMAGE + EOI + TEXT + EOT: 1+49+1+6+1 = 58 for 28x28 pictures and six words."""
-    return n_tokens + tokenizer.caption_length + 3
-
-
 def make_sequences(tokens, text_ids, tokenizer, order):
     """Picture tokens (B,N) and captions (B,L+1) from Tokenizer.encode_batch -> sequences
     int64 (B,N+L+3).
@@ -1468,11 +1448,12 @@ def make_sequences(tokens, text_ids, tokenizer, order):
 
 
 def mixed_sequences(tokens, text_ids, tokenizer, orders):
-    """A batch dealt out to several orders: row i is in orders[i % len(orders)], and processes that
-    share a batch begin with different orders. (B,N), (B,L+1) -> (B,T)."""
-    rows = tokens.new_empty(len(tokens), sequence_length(tokens.shape[1], tokenizer))
+    """A batch dealt out to several orders: row i is in orders[i % len(orders)], where i counts
+    through the shares of all processes. (B,N), (B,L+1) -> (B,T)."""
+    rows = tokens.new_empty(len(tokens), tokens.shape[1] + text_ids.shape[1] + 2)
+    first = processes()[0] * len(tokens)  # this share's first row
     for i, order in enumerate(orders):
-        part = slice((i - processes()[0]) % len(orders), None, len(orders))
+        part = slice((i - first) % len(orders), None, len(orders))
         rows[part] = make_sequences(tokens[part], text_ids[part], tokenizer, order)
     return rows
 
@@ -1490,21 +1471,27 @@ class Sequences(Dataset):
         return len(self.tokens)
 
     def __getitem__(self, rows):
-        rows = torch.atleast_1d(torch.as_tensor(rows))
         texts = self.text_ids[rows % len(self.text_ids)]
         return mixed_sequences(self.tokens[rows], texts, self.tokenizer, self.orders)
 
 
 @torch.no_grad()
 def extract_tokens(vqvae, images, batch_size=250, augment=None):
-    """Run pictures uint8 (M,H,W,3) through the encoder once -> tokens int64 (M,N) on the CPU. Else
-    phase 2 would run it in every epoch. augment: a function (B,3,H,W) -> (B,3,H,W) applied
-    before."""
+    """Run pictures uint8 (M,H,W,3) through the encoder once, not in every epoch -> tokens int64
+    (M,N) on the CPU. augment: a function (B,3,H,W) -> (B,3,H,W) applied before."""
     device, out = next(vqvae.parameters()).device, []
     for x in make_loader(Pictures(images), batch_size, shuffle=False):
         x = x.to(device)
         out.append(vqvae.get_tokens(augment(x) if augment else x).flatten(1).cpu())
     return torch.cat(out)
+
+
+@torch.no_grad()
+def decode_pictures(vqvae, tokens, batch_size=250):
+    """The way back: tokens int64 (M,N) -> pictures uint8 (M,H,W,3), as they are shown and saved."""
+    device = next(vqvae.parameters()).device
+    return np.concatenate([denormalize(vqvae.decode_tokens(t.to(device)))
+                           for t in tokens.split(batch_size)])
 
 
 def create_dataset(images, texts, vqvae, tokenizer, batch_size=128, orders=ORDERS[:2], seed=0):
@@ -1557,8 +1544,8 @@ class Muon(torch.optim.Adam):
                     (3.94869, -2.90890, 0.55182), (3.31842, -2.48849, 0.51005),
                     (2.30065, -1.66890, 0.41881))
 
-    def __init__(self, groups, dtype=torch.float32, **options):
-        super().__init__(groups, **options)
+    def __init__(self, groups, lr=1e-3, dtype=torch.float32, **options):
+        super().__init__(groups, lr=lr, **options)
         self.dtype = dtype
 
     @torch.no_grad()
@@ -1610,7 +1597,7 @@ def make_optimizer(cfg, groups, bf16=False):
     if cfg.optimizer == "adam":
         return torch.optim.Adam(groups, fused=True)
     dtype = torch.bfloat16 if bf16 else torch.float32
-    return Muon(groups, dtype, betas=(0.9, 0.95), eps=1e-10, fused=True)
+    return Muon(groups, dtype=dtype, betas=(0.9, 0.95), eps=1e-10, fused=True)
 
 
 def create_cosine_scheduler(optimizer, warmup_steps=1000, total_steps=14_070):
@@ -1643,8 +1630,9 @@ class Trainer:
     phase = "train"
 
     def __init__(self, modules, optimizer, device, scheduler=None, clip=1.0, seed=None, bf16=False):
-        self.modules, self.optimizer, self.device = modules, optimizer, torch.device(device)
-        self.scheduler, self.clip, self.seed, self.bf16 = scheduler, clip, seed, bf16
+        self.modules, self.optimizer = nn.ModuleDict(modules), optimizer
+        self.device, self.scheduler, self.clip = torch.device(device), scheduler, clip
+        self.seed, self.bf16 = seed, bf16
         self.on_step, self.on_epoch = lambda trainer: None, lambda trainer, row: None
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.step, self.last_loss, self.sums = 0, math.nan, {}  # sums: of this pass's losses
@@ -1665,15 +1653,16 @@ class Trainer:
     def train(self, train_loader, test_loader, num_epochs):
         """Train until num_epochs passes of the loader are done, going on from self.step.
 
-        Returns (train_losses, test_losses), a float a pass each. Raises TrainingError when a loss
-        is not finite.
+        Returns (train_losses, test_losses), a float a pass each. Raises InputError when a loss or a
+        gradient is not finite.
         """
         per_epoch = len(train_loader)
         for epoch in range(self.step // per_epoch, num_epochs):
-            if hasattr(getattr(train_loader, "sampler", None), "set_epoch"):
-                train_loader.sampler.set_epoch(epoch, skip=self.step % per_epoch)
-            for module in self.modules.values():
-                module.train()
+            sampler = getattr(train_loader, "sampler", None)
+            if hasattr(sampler, "set_epoch"):  # as torch's DistributedSampler has it, too
+                sampler.set_epoch(epoch)
+                sampler.skip = self.step % per_epoch  # a BatchOrder can begin within a pass
+            self.modules.train()
             for batch in train_loader:
                 self.on_step(self)
                 self.train_step(batch)
@@ -1689,7 +1678,7 @@ class Trainer:
         self.last_loss = self.finite(loss.item())
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(self.parameters, self.clip)
+        self.finite(nn.utils.clip_grad_norm_(self.parameters, self.clip).item(), "gradient's norm")
         self.optimizer.step()
         if self.scheduler:
             self.scheduler.step()
@@ -1698,16 +1687,15 @@ class Trainer:
             total, n = self.sums.get(name, (0.0, 0))
             self.sums[name] = (total + float(value), n + 1)
 
-    def finite(self, loss):
-        """The loss, if it is a number; else raises TrainingError, before anything is saved."""
-        if math.isfinite(loss):
-            return loss
-        raise TrainingError(f"the loss is {loss} at step {self.step} of phase {self.phase}: "
-                            "try a lower learning rate")
+    def finite(self, value, name="loss"):
+        """The value, if it is a number; else raises InputError, before anything is saved."""
+        if math.isfinite(value):
+            return value
+        raise InputError(f"the {name} is {value} at step {self.step} of phase {self.phase}: "
+                         "try a lower learning rate")
 
     def _end_epoch(self, epoch, test_loader):
-        for module in self.modules.values():
-            module.eval()
+        self.modules.eval()
         with torch.no_grad():
             measured = self.test(test_loader)
         self.finite(measured["loss"])  # the last step may have broken the weights
@@ -1746,11 +1734,7 @@ class LossModule(nn.Module):
 
     def __init__(self, trainer):
         super().__init__()
-        self.parts, self.forward = nn.ModuleDict(trainer.modules), trainer.loss
-
-
-class TrainingError(InputError):
-    """Training went wrong in a way that more steps will not mend."""
+        self.parts, self.forward = trainer.modules, trainer.loss
 
 
 def use_bf16(precision, device):
@@ -1758,7 +1742,7 @@ def use_bf16(precision, device):
     if precision == "auto" and device.type == "cpu":
         return torch.cpu._is_avx512_bf16_supported()
     if precision == "auto" and device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     return precision == "bf16"
 
 
@@ -1778,14 +1762,12 @@ class VQVAETrainer(Trainer):
         self.model, self.beta, self.extremes = model, beta, extremes
 
     def loss(self, batch):
-        """See compute_loss."""
         z_e, z_q, recon_x = self.model(batch)
         return compute_loss(batch, recon_x.float(), z_e, z_q, self.beta, self.extremes), {}
 
     def test(self, test_loader):
         """The loss and measure_reconstruction's figures."""
-        batches = (to_device(b, self.device) for b in test_loader)
-        return measure_reconstruction(self.model, batches, self.beta, self.extremes)
+        return measure_reconstruction(self.model, test_loader, self.beta, self.extremes)
 
 
 @torch.no_grad()
@@ -1795,6 +1777,7 @@ def measure_reconstruction(vqvae, batches, beta=0.25, extremes=0.0):
     entropy). For a model in eval mode; in training mode its codebook would take part."""
     loss = mse = n = counts = 0
     for x in batches:
+        x = x.to(vqvae.codebook.weight.device)
         z_e, z_q, recon_x, tokens = vqvae.forward_with_tokens(x)
         loss += compute_loss(x, recon_x, z_e, z_q, beta, extremes).item() * len(x)
         mse += F.mse_loss(recon_x, x).item() * len(x)
@@ -1858,7 +1841,6 @@ class iGPTTrainer(Trainer):
         return (nll * weight).sum() / weight.sum(), {}
 
     def test(self, test_loader):
-        """See measure_prediction."""
         return measure_prediction(self.model, (to_device(b, self.device) for b in test_loader))
 
 
@@ -1931,7 +1913,7 @@ class JointTrainer(Trainer):
                 for t, (_, text_ids) in zip(tokens, batches))
         out = measure_reconstruction(self.vqvae, (x for x, _ in batches), self.beta, self.extremes)
         prediction = measure_prediction(self.igpt, rows)
-        tokens = torch.cat(tokens)  # (test pictures, N)
+        tokens = torch.cat(tokens).cpu()  # (test pictures, N)
         self.first_tokens = tokens if self.first_tokens is None else self.first_tokens
         out["loss"] += self.lambda_now() * prediction["loss"]
         return out | {"nll": prediction["loss"], "accuracy": prediction["accuracy"],
@@ -1942,7 +1924,6 @@ class JointTrainer(Trainer):
         return super().state_dict() | {"first_tokens": self.first_tokens}
 
     def load_state_dict(self, state):
-        """Take up training where state_dict() was called."""
         super().load_state_dict(state)
         self.first_tokens = state["first_tokens"]
 
@@ -1983,13 +1964,6 @@ def sample_token(logits, how, generator=None):
     return torch.searchsorted(cdf, u, right=True).clamp_(max=cdf.shape[1] - 1)[:, 0]
 
 
-def left_pad(prompts, pad_token):
-    """Prompts, a list of int64 (T_i,) -> tokens (B,T) aligned at the right, pads (B,) or None."""
-    pads = [max(map(len, prompts)) - len(p) for p in prompts]
-    tokens = torch.stack([F.pad(p, (n, 0), value=pad_token) for p, n in zip(prompts, pads)])
-    return tokens, torch.tensor(pads) if any(pads) else None
-
-
 @torch.no_grad()
 def generate(model, prompts, n_new, span, how, generator=None, unconditional=None, stop=None):
     """Continue prompts by n_new tokens, all from one span of the vocabulary -> int64 (B,n_new).
@@ -2003,11 +1977,18 @@ def generate(model, prompts, n_new, span, how, generator=None, unconditional=Non
     """
     if not model.causal:
         raise InputError("a parallel predictor draws pictures from captions and does nothing else")
+    if len(prompts) > 256:  # small enough for the cache and large enough for the matrix products
+        parts = (prompts[i : i + 256] for i in range(0, len(prompts), 256))
+        return torch.cat([generate(model, part, n_new, span, how, generator, unconditional, stop)
+                          for part in parts])
     was_training, device, B = model.training, next(model.parameters()).device, len(prompts)
     guided = unconditional is not None and how.guidance > 0
-    tokens, pad = left_pad(prompts + [unconditional] * B * guided, model.vocab_size - 1)
-    tokens, pad = tokens.to(device), pad if pad is None else pad.to(device)
-    rows, T = tokens.shape
+    prompts = prompts + [unconditional] * B * guided
+    tokens = nn.utils.rnn.pad_sequence(  # aligned at the right
+        prompts, batch_first=True, padding_value=model.vocab_size - 1, padding_side="left")
+    tokens, (rows, T) = tokens.to(device), tokens.shape
+    pad = torch.tensor([T - len(p) for p in prompts], device=device)
+    pad = pad if pad.any() else None
     length = T + n_new - 1  # nothing follows the last token: it is not fed
     if length > model.context_length:
         raise InputError(f"{length} tokens, the context holds {model.context_length}")
@@ -2039,27 +2020,16 @@ def generate(model, prompts, n_new, span, how, generator=None, unconditional=Non
     return torch.stack(new, 1)
 
 
-def _chunks(items, size=256):
-    """Batches small enough for the cache and large enough for the matrix products."""
-    return [items[i : i + size] for i in range(0, len(items), size)]
-
-
+@torch.no_grad()
 def sample_images(model, tokenizer, n_tokens, captions, how, generator=None):
     """B captions -> picture tokens int64 (B,n_tokens). Raises InputError as text_encode does."""
+    prompts = [text_prompt(tokenizer, c) for c in captions]
+    if not model.causal:  # a ParallelPredictor: each token is drawn by itself
+        device = next(model.parameters()).device
+        logits = (model.predict(p[None].to(device), n_tokens)[0] for p in prompts)  # (N,K) each
+        return torch.stack([sample_token(rows, how, generator) for rows in logits])
     unconditional = torch.tensor([tokenizer.bos_token, tokenizer.end_of_text_token])
-    if not model.causal:
-        prompts = [text_prompt(tokenizer, c) for c in captions]
-        return torch.cat([_predict_images(model, p, n_tokens, how, generator) for p in prompts])
-    return torch.cat([generate(model, [text_prompt(tokenizer, c) for c in part], n_tokens,
-                               tokenizer.image_span, how, generator, unconditional)
-                      for part in _chunks(captions)])
-
-
-@torch.no_grad()
-def _predict_images(model, prompt, n_tokens, how, generator):
-    """One prompt (T,) of a ParallelPredictor -> tokens (1,n_tokens), each drawn by itself."""
-    logits = model.predict(prompt[None].to(next(model.parameters()).device), n_tokens)  # (1,N,K)
-    return sample_token(logits[0], how, generator)[None]
+    return generate(model, prompts, n_tokens, tokenizer.image_span, how, generator, unconditional)
 
 
 def sample_captions(model, tokenizer, tokens, how, generator=None):
@@ -2071,9 +2041,9 @@ def sample_captions(model, tokenizer, tokens, how, generator=None):
 def complete_images(model, tokenizer, tokens, n_tokens, how, generator=None):
     """The first M picture tokens (B,M) -> all of them (B,n_tokens), the rest sampled."""
     prompts = list(image_prompts(tokenizer, tokens.cpu())[:, :-1])  # the picture goes on: no EOI
-    rest = [generate(model, part, n_tokens - tokens.shape[1], tokenizer.image_span, how, generator)
-            for part in _chunks(prompts)]
-    return torch.cat([tokens, torch.cat(rest).to(tokens.device)], 1)
+    rest = generate(model, prompts, n_tokens - tokens.shape[1], tokenizer.image_span, how,
+                    generator)
+    return torch.cat([tokens, rest.to(tokens.device)], 1)
 
 
 def complete_captions(model, tokenizer, captions, how, generator=None):
@@ -2082,24 +2052,24 @@ def complete_captions(model, tokenizer, captions, how, generator=None):
     t, out, likeliest = tokenizer, list(captions), dataclasses.replace(how, greedy=True)
     prompts = [text_prompt(t, c)[:-1] for c in captions]  # BOS EOI and the words
     for n_words in range(1, t.caption_length):
-        alike = [i for i, p in enumerate(prompts) if len(p) == n_words + 2]
-        for rows in _chunks(alike):
-            part = [prompts[i] for i in rows]
-            next_word = generate(model, part, 1, t.text_span, likeliest)[:, 0]
-            more = generate(model, part, t.caption_length - n_words, t.text_span, how, generator,
-                            stop=t.end_of_text_token)
-            for i, word, row in zip(rows, next_word, more):
-                if word != t.end_of_text_token:
-                    out[i] = " ".join([*captions[i].split(), t.text_decode(row)])
+        alike = {i: p for i, p in enumerate(prompts) if len(p) == n_words + 2}
+        if not alike:
+            continue
+        part = list(alike.values())
+        next_word = generate(model, part, 1, t.text_span, likeliest)[:, 0]
+        more = generate(model, part, t.caption_length - n_words, t.text_span, how, generator,
+                        stop=t.end_of_text_token)
+        for i, word, row in zip(alike, next_word, more):
+            if word != t.end_of_text_token:
+                out[i] = " ".join([*captions[i].split(), t.text_decode(row)])
     return out
 
 
 def _continue_captions(model, tokenizer, prompts, how, generator):
     """Prompts that end in EOI -> the captions that follow."""
-    stop = tokenizer.end_of_text_token
-    return [tokenizer.text_decode(row) for part in _chunks(prompts)
-            for row in generate(model, part, tokenizer.caption_length, tokenizer.text_span, how,
-                                generator, stop=stop)]
+    rows = generate(model, prompts, tokenizer.caption_length, tokenizer.text_span, how, generator,
+                    stop=tokenizer.end_of_text_token)
+    return [tokenizer.text_decode(row) for row in rows]
 
 
 def sample_pairs(model, tokenizer, n_tokens, n, how, generator=None):
@@ -2111,30 +2081,25 @@ def sample_pairs(model, tokenizer, n_tokens, n, how, generator=None):
     the model's own: this is no exact sample of its joint distribution.
     """
     t, captions = tokenizer, [""] * n
-    for rows in _chunks(range(n)):
-        first = generate(model, [torch.tensor([t.bos_token])] * len(rows), 1, t.start_span, how,
-                         generator)[:, 0].tolist()
-        for mark in sorted(set(first)):
-            mine = [row for row, choice in zip(rows, first) if choice == mark]
-            prompts = [torch.tensor([t.bos_token, mark])] * len(mine)
-            if mark == t.end_of_text_token:
-                draft = generate(model, prompts, n_tokens, t.image_span, how, generator)
-                texts = sample_captions(model, t, draft, how, generator)
-            else:
-                texts = _continue_captions(model, t, prompts, how, generator)
-            for row, text in zip(mine, texts):
-                captions[row] = text
+    bos = [torch.tensor([t.bos_token])] * n
+    first = generate(model, bos, 1, t.start_span, how, generator)[:, 0].tolist()
+    for mark in sorted(set(first)):
+        mine = [row for row, choice in enumerate(first) if choice == mark]
+        prompts = [torch.tensor([t.bos_token, mark])] * len(mine)
+        if mark == t.end_of_text_token:
+            draft = generate(model, prompts, n_tokens, t.image_span, how, generator)
+            texts = sample_captions(model, t, draft, how, generator)
+        else:
+            texts = _continue_captions(model, t, prompts, how, generator)
+        for row, text in zip(mine, texts):
+            captions[row] = text
     return sample_images(model, t, n_tokens, captions, how, generator), captions
-
-
-def _n_tokens(model, tokenizer):
-    return model.context_length - tokenizer.caption_length - 3  # less BOS, EOI, EOT and the caption
 
 
 @torch.no_grad()
 def generate_from_text(model, tokenizer, vqvae, prompt, device, how=None, generator=None):
     """A caption -> a picture (1,3,H,W) in [-1,1]. Raises InputError as text_encode does."""
-    n_tokens, how = _n_tokens(model, tokenizer), how or SamplingConfig()
+    n_tokens, how = math.prod(vqvae.grid), how or SamplingConfig()
     tokens = sample_images(model, tokenizer, n_tokens, [prompt], how, generator)
     return vqvae.decode_tokens(tokens.to(device))
 
@@ -2148,7 +2113,7 @@ def generate_from_image(model, tokenizer, vqvae, image, device, how=None, genera
 @torch.no_grad()
 def generate_unconditional(model, tokenizer, vqvae, n_samples, device, how=None, generator=None):
     """n_samples pairs -> pictures (n,3,H,W) in [-1,1] and a list of n captions."""
-    n_tokens, how = _n_tokens(model, tokenizer), how or SamplingConfig()
+    n_tokens, how = math.prod(vqvae.grid), how or SamplingConfig()
     tokens, captions = sample_pairs(model, tokenizer, n_tokens, n_samples, how, generator)
     return vqvae.decode_tokens(tokens.to(device)), captions
 
@@ -2158,7 +2123,8 @@ def generate_unconditional(model, tokenizer, vqvae, n_samples, device, how=None,
 
 @torch.no_grad()
 def span_nll(model, tokenizer, rows, batch_size=250):
-    """Teacher forcing over sequences (M,T): nats, hits and number of picture and caption targets.
+    """Teacher forcing over sequences (M,T): nats, hits and number of picture and caption targets,
+    by a model in eval mode.
 
     Returns {'image': (3,M), 'text': (3,M)}. The caption's targets are its words and, where it is
     short, the EOT that ends it; marks whose place is certain count nowhere.
@@ -2205,27 +2171,24 @@ def evaluate(vqvae, igpt, tokenizer, images, captions, how, seed=0):
     device = next(vqvae.parameters()).device
     vqvae.eval(), igpt.eval()
     generator = torch.Generator(device).manual_seed(seed)
-    pictures = make_loader(Pictures(images), 250, shuffle=False)
-    out = measure_reconstruction(vqvae, (x.to(device) for x in pictures))
+    out = measure_reconstruction(vqvae, make_loader(Pictures(images), 250, shuffle=False))
     del out["loss"]
     tokens = extract_tokens(vqvae, images)
     drawn, read = both_ways_nll(igpt, tokenizer, tokens, captions)
-    for name, spans in (("text_to_image", drawn["image"]), ("image_to_text", read["text"]),
-                        ("image", read["image"]), ("text", drawn["text"])):
-        nats, hits, n = spans.double().sum(1).tolist()
-        out[f"nll_{name}"] = nats / n
-        if name == "text_to_image":
-            out["code_accuracy"] = hits / n
+    nats, hits, n = drawn["image"].double().sum(1).tolist()
+    out |= {"nll_text_to_image": nats / n, "code_accuracy": hits / n}
     if not igpt.causal:  # it knows captions to pictures only
-        unknown = ("nll_image_to_text", "nll_image", "nll_text")
-        return {name: value for name, value in out.items() if name not in unknown}
+        return out
+    for name, spans in (("image_to_text", read["text"]), ("image", read["image"]),
+                        ("text", drawn["text"])):
+        nats, _, n = spans.double().sum(1).tolist()
+        out[f"nll_{name}"] = nats / n
     greedy = dataclasses.replace(how, greedy=True)
     out["caption_exact"], out["caption_slot_accuracy"] = compare_captions(
         sample_captions(igpt, tokenizer, tokens, greedy), captions)
     # Text -> picture -> text goes through pixels: what we read is what a person would be shown
     made = sample_images(igpt, tokenizer, tokens.shape[1], captions, how, generator)
-    seen = torch.cat([vqvae.get_tokens(vqvae.decode_tokens(t.to(device))).flatten(1)
-                      for t in made.split(250)])  # (M,N)
+    seen = extract_tokens(vqvae, decode_pictures(vqvae, made))  # (M,N)
     texts = sample_captions(igpt, tokenizer, seen, greedy)
     out["round_trip_exact"] = compare_captions(texts, captions)[0]
     return out
@@ -2233,10 +2196,9 @@ def evaluate(vqvae, igpt, tokenizer, images, captions, how, seed=0):
 
 def compare_captions(found, wanted):
     """Two lists of captions -> share wholly alike, share of the wanted words found in place."""
-    words = right = 0
-    for a, b in zip(found, map(str.split, wanted)):
-        words, right = words + len(b), right + sum(x == y for x, y in zip(a.split(), b))
-    return sum(a == b for a, b in zip(found, wanted)) / len(wanted), right / words
+    pairs = [(a.split(), b.split()) for a, b in zip(found, wanted)]
+    right = sum(x == y for a, b in pairs for x, y in zip(a, b))
+    return sum(a == b for a, b in pairs) / len(pairs), right / sum(len(b) for _, b in pairs)
 
 
 # --- Files: checkpoints, pictures, curves ---------------------------------------------------------
@@ -2305,7 +2267,8 @@ def build_vqvae(cfg, size):
 
 def build_igpt(cfg, vqvae, tokenizer):
     """The iGPT of a Config, which it carries as .config, that fits a VQ-VAE and a Tokenizer."""
-    length = sequence_length(math.prod(vqvae.grid), tokenizer)
+    # BOS + IMAGE + EOI + TEXT + EOT: 1+49+1+6+1 = 58 for 28x28 pictures and six words
+    length = math.prod(vqvae.grid) + tokenizer.caption_length + 3
     build = iGPT
     if cfg.predictor == "parallel":
         build = functools.partial(ParallelPredictor, vqvae.n_embeddings)
@@ -2353,7 +2316,8 @@ def load_igpt(path, vqvae, device="cpu", any_codes=False):
     if not any_codes and content.get("codebook") != fingerprint(vqvae.codebook.weight):
         raise InputError(f"{path}: was trained on the codes of another VQ-VAE than this one")
     words, length = content.get("words"), content.get("caption_length")
-    if not words or not all(isinstance(w, str) for w in words) or not isinstance(length, int):
+    listed = isinstance(words, list) and words and all(isinstance(w, str) for w in words)
+    if not listed or not isinstance(length, int):
         raise InputError(f"{path}: its vocabulary is damaged")
     tokenizer = Tokenizer([" ".join(words)], vqvae.n_embeddings)
     tokenizer.caption_length = length
@@ -2391,7 +2355,7 @@ def read_pictures(path):
         width, height, at = int(header[1]), int(header[2]), header.end()
         if len(raw) - at != 3 * width * height:
             raise InputError(f"{path}: want {width}x{height} pixels, found {len(raw) - at} bytes")
-        images = np.frombuffer(raw, np.uint8, offset=at).reshape(1, height, width, 3)
+        images = np.frombuffer(raw, np.uint8, offset=at).reshape(1, height, width, 3).copy()
     elif raw[:6] == b"\x93NUMPY":
         images = parse_npy(raw, path)
         images = images[None] if images.ndim == 3 else images
@@ -2458,6 +2422,9 @@ REGIMES = {
     "igpt": ("igpt",),
     "finetune": ("finetune",),
 }
+# What each phase makes, and which phases' work igpt and finetune, run by themselves, go on from
+MAKES = dict(vqvae=("vqvae",), igpt=("igpt",), single=("vqvae", "igpt"), finetune=("finetune",))
+FOLLOWS = dict(igpt=("vqvae", "single"), finetune=("vqvae", "single", "igpt"))
 SAVE_SECONDS = 15  # how often the state for --resume is written: what a kill costs at most
 
 
@@ -2475,22 +2442,18 @@ class Run:
 
     def __init__(self, folder, regime, cfg, data):
         self.folder, self.regime, self.cfg = Path(folder), regime, cfg
+        self.state_path = self.folder / "checkpoints" / "state.pth"  # what --resume reads
         parts = "\n".join(data.train_captions).encode(), data.train_images, data.vqvae_train
         self.data_hash = functools.reduce(lambda crc, part: zlib.crc32(part, crc), parts, 0)
         self.done, self.rows, self.trainer_state = [], [], None
         self.signal, self.live = 0, sys.stderr.isatty() and processes()[0] == 0
-
-    @property
-    def state_path(self):
-        """The file --resume reads."""
-        return self.folder / "checkpoints" / "state.pth"
 
     def begin(self, resume, overwrite):
         """Decide between a new run and the rest of an old one -> is there anything to do?
 
         Raises InputError if there is a run and neither flag was given, or its settings are others.
         """
-        phases = set(REGIMES[self.regime])
+        phases = REGIMES[self.regime]
         if not self.state_path.exists():
             if resume:
                 log(f"nothing to resume in {self.folder}: starting anew")
@@ -2500,11 +2463,14 @@ class Run:
         if lacking:
             raise InputError(f"{self.state_path}: damaged, it lacks {', '.join(sorted(lacking))}")
         if not resume:
-            if not overwrite and (not state["complete"] or phases & set(state["done"])):
+            made, wanted = ({thing for phase in some for thing in MAKES.get(phase, ())}
+                            for some in (state["done"], phases))
+            if not overwrite and (not state["complete"] or made & wanted):
                 raise InputError(f"{self.folder} holds a run ({state['regime']}): --resume it, "
                                  "--overwrite it, or choose another --run")
-            # What is left of a run that is made one phase at a time
-            self.done = [phase for phase in state["done"] if phase not in phases]
+            # A run may be made one phase at a time: what came before is left, the rest is stale
+            before = FOLLOWS.get(phases[0], ())
+            self.done = [phase for phase in state["done"] if phase in before]
             self.rows = [row for row in state["rows"] if row["phase"] in self.done]
             return True
         if state["data"] != self.data_hash:
@@ -2546,10 +2512,11 @@ class Run:
         self.header = False
 
     def pace(self, trainer):
-        """-> 'steps/s, time left' as text."""
+        """-> phase, step, steps a second and time left as text."""
         rate = (trainer.step - self.first_step) / max(time.monotonic() - self.started, 1e-9)
-        left = int((self.total - trainer.step) / max(rate, 1e-9))
-        return f"{rate:8.2f}/s {left // 60:4}:{left % 60:02}"
+        left = int((self.total - trainer.step) / rate) if rate else 0
+        step = f"{trainer.step}/{self.total}"
+        return f"{trainer.phase:8} {step:>15} {rate:8.2f}/s {left // 60:4}:{left % 60:02}"
 
     def stop_if_asked(self):
         """After Ctrl-C or SIGTERM: exit with the status the shell expects."""
@@ -2571,8 +2538,7 @@ class Run:
             self.save(trainer)
         if self.live and now - self.shown > 0.2:
             self.shown = now
-            sys.stderr.write(f"\r{trainer.phase:8} {f'{trainer.step}/{self.total}':>15} "
-                             f"{self.pace(trainer)}  loss {trainer.last_loss:.4f}\x1b[K")
+            sys.stderr.write(f"\r{self.pace(trainer)}  loss {trainer.last_loss:.4f}\x1b[K")
             sys.stderr.flush()
 
     def on_epoch(self, trainer, row):
@@ -2584,8 +2550,7 @@ class Run:
             self.header = True
             log(f"{clear}{'phase':8} {'step':>15} {'pace':>10} {'left':>7}"
                 + "".join(f" {k:>11}" for k in figures))
-        log(f"{clear}{trainer.phase:8} {f'{trainer.step}/{self.total}':>15} {self.pace(trainer)}"
-            + "".join(f" {v:11.4f}" for v in figures.values()))
+        log(clear + self.pace(trainer) + "".join(f" {v:11.4f}" for v in figures.values()))
         self.rows.append({**row, "seconds": round(time.monotonic() - self.started, 1)})
         columns = list(dict.fromkeys(k for row in self.rows for k in row))
         text = io.StringIO()
@@ -2692,7 +2657,7 @@ def parameter_groups(cfg, vqvae=None, igpt=None, factor=1.0, codebook_factor=1.0
 
 
 def phase_length(cfg, phase, n_rows, batch_size):
-    """-> steps a pass, passes, steps in all. What is counted in steps is reported on ten times."""
+    """-> steps a pass, passes, steps in all. What is counted in steps has about ten passes."""
     steps = getattr(cfg, f"{phase}_steps")
     if steps:
         a_pass = -(-steps // 10)
@@ -2773,7 +2738,7 @@ def prepare_joint(phase, cfg, data, vqvae, igpt, tokenizer, device):
         lambda_ramp=int(total * cfg.lambda_ramp) * single, tau=cfg.tau, orders=training_orders(cfg),
         caption_weight=cfg.caption_weight, **equipment)
     if not single:
-        trainer.first_tokens = extract_tokens(vqvae, data.test_images[FEW]).to(device)
+        trainer.first_tokens = extract_tokens(vqvae, data.test_images[FEW])
     return trainer, *loaders, passes, total
 
 
@@ -2816,7 +2781,6 @@ def train_run(folder, regime, cfg, data, device, resume=False, overwrite=False, 
     torch.manual_seed(cfg.seed)
     vqvae_path, igpt_path = files / "vqvae_model.pth", files / "igpt_model.pth"
     size, igpt, tokenizer = tuple(data.train_images.shape[1:3]), None, None
-    texts = data.train_captions + data.test_captions
     fresh = phases[0] in ("vqvae", "single") and not set(phases) & set(run.done)
     vqvae = build_vqvae(cfg, size).to(device) if fresh else load_vqvae(vqvae_path, device)
     if fresh and cfg != given_cfg:
@@ -2832,7 +2796,7 @@ def train_run(folder, regime, cfg, data, device, resume=False, overwrite=False, 
                 # then replaces their weights
                 igpt, tokenizer = load_igpt(igpt_path, vqvae, device, bool(run.trainer_state))
             elif phase != "vqvae" and igpt is None:
-                tokenizer = Tokenizer(texts, vqvae.n_embeddings)
+                tokenizer = Tokenizer(data.train_captions + data.test_captions, vqvae.n_embeddings)
                 torch.manual_seed(cfg.seed + 1)
                 igpt = build_igpt(cfg, vqvae, tokenizer).to(device)
             started = time.monotonic()
@@ -2888,8 +2852,7 @@ def peak_memory(device):
 def report_codebook(vqvae, images, device, path):
     """After a phase that trained the VQ-VAE: is it good enough to go on? Over the whole test set;
     32 originals, each with its reconstruction at its right, go to a picture at `path`."""
-    pictures = make_loader(Pictures(images), 250, shuffle=False)
-    m = measure_reconstruction(vqvae.eval(), (x.to(device) for x in pictures))
+    m = measure_reconstruction(vqvae.eval(), make_loader(Pictures(images), 250, shuffle=False))
     log(f"VQ-VAE over {len(images)} test pictures: recon MSE {m['recon_mse']:.4f} (PSNR "
         f"{m['recon_psnr']:.1f} dB), {m['codebook_used']:.0%} of the codes used, perplexity "
         f"{m['codebook_perplexity']:.1f}")
@@ -2932,7 +2895,6 @@ class PlainBlock(Block):
     """A textbook block: scores and softmax spelled out, dropout by a random number an element."""
 
     def forward(self, x, causal=True, mask=None, cached=None):
-        """x (B,T,d) -> (B,T,d)."""
         B, T, d = x.shape
         layer = self.attention
         qkv = layer.qkv(self.norm1(x)).view(B, T, 3, layer.n_heads, -1)
@@ -2962,12 +2924,10 @@ def bench_quantizer():
     z = torch.randn(128, 7, 7, 256).movedim(-1, 1).requires_grad_()  # laid out as the encoder's
 
     def both_ways(quantizer):
-        def run():
-            z_q, _ = quantizer(z)
-            (F.mse_loss(z_q, z.detach()) + F.mse_loss(z, z_q.detach())).backward()
-        return run
+        z_q, _ = quantizer(z)
+        (F.mse_loss(z_q, z.detach()) + F.mse_loss(z, z_q.detach())).backward()
 
-    ours, large, plain = timed_in_turn(*(both_ways(q.eval()) for q in (
+    ours, large, plain = timed_in_turn(*(functools.partial(both_ways, q.eval()) for q in (
         VectorQuantizer(128, 256), VectorQuantizer(1024, 256), DistanceTensor(128, 256))))
     return [("quantizer, K 128, both ways", ours, plain, "(N,K,D) tensor"),
             ("quantizer, K 1024, both ways", large, ours, "K 128")]
@@ -3015,8 +2975,7 @@ def bench_sampling():
     igpt = iGPT(tokenizer.vocab_size, 58).eval()
     prompts = [text_prompt(tokenizer, "a b c d e f")] * 64
 
-    def cached():
-        generate(igpt, prompts, 49, tokenizer.image_span, how)
+    cached = functools.partial(generate, igpt, prompts, 49, tokenizer.image_span, how)
 
     @torch.no_grad()
     def uncached():
@@ -3040,11 +2999,9 @@ def bench_sampling():
 
 def bench_start():
     """`mmgen.py --help` in a fresh process -> rows of the table."""
-    def process(*arguments):
-        return lambda: subprocess.run([sys.executable, *arguments], check=True,
-                                      stdout=subprocess.DEVNULL)
-
-    seconds = timed_in_turn(process(__file__, "--help"), process("-c", "import torch"))
+    run = functools.partial(subprocess.run, check=True, stdout=subprocess.DEVNULL)
+    seconds = timed_in_turn(lambda: run([sys.executable, __file__, "--help"]),
+                            lambda: run([sys.executable, "-c", "import torch"]))
     return [("mmgen.py --help", *seconds, "import torch")]
 
 
@@ -3174,7 +3131,7 @@ def build_parser():
     p.add_argument("--seed", **seed)
     add_config_flags(p, SamplingConfig)
     for p in (p, commands.add_parser("bench", help="time mmgen against plain implementations")):
-        p.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+        p.add_argument("--json", action="store_true", help="JSON instead of a table")
     return parser
 
 
@@ -3279,8 +3236,7 @@ def make_samples(mode, vqvae, igpt, tokenizer, how, prompts, n=1, seed=0, comple
         check_size(vqvae, prompts)
         if not 0 <= complete < h:
             raise InputError(f"--complete {complete}: pictures have {h} rows of tokens")
-        images = np.repeat(prompts, n * best_of, 0)
-        tokens = extract_tokens(vqvae, images)
+        tokens = extract_tokens(vqvae, prompts).repeat_interleave(n * best_of, 0)
         if complete:
             whole = tokens
             tokens = complete_images(igpt, tokenizer, whole[:, : complete * w], n_tokens, how,
@@ -3293,12 +3249,9 @@ def make_samples(mode, vqvae, igpt, tokenizer, how, prompts, n=1, seed=0, comple
         best = (read if mode == "text" else drawn).view(-1, best_of).argmax(1).cpu()
         best += best_of * torch.arange(len(best))
         tokens, captions = tokens[best], [captions[i] for i in best]
-        images = images[best] if mode == "image" else None
     if mode == "image" and not complete:
-        return images, captions
-    with torch.no_grad():
-        parts = [denormalize(vqvae.decode_tokens(t.to(device))) for t in tokens.split(250)]
-    return np.concatenate(parts), captions
+        return np.repeat(prompts, n, 0), captions
+    return decode_pictures(vqvae, tokens), captions
 
 
 def load_models(args):
@@ -3383,18 +3336,15 @@ def command_eval(args):
 
 def command_bench(args):
     """mmgen.py bench"""
-    rows = []
-    if not args.json:
-        bf16 = use_bf16("auto", torch.device("cpu"))
-        print(f"mmgen's training steps in {'bfloat16' if bf16 else 'float32'}, all else in float32")
-        print(f"{'what':34}{'mmgen':>9}{'other':>9}{'':6}{'ratio':>7}  other")
-    for row in bench():
-        rows.append(row)
-        if not args.json:
-            print("{what:34}{ours:9.1f}{other:9.1f} {unit:5}{ratio:6.2f}x  {against}".format(**row),
-                  flush=True)
     if args.json:
-        print(json.dumps(rows))
+        print(json.dumps(list(bench())))
+        return
+    bf16 = use_bf16("auto", torch.device("cpu"))
+    print(f"mmgen's training steps in {'bfloat16' if bf16 else 'float32'}, all else in float32")
+    print(f"{'what':34}{'mmgen':>9}{'other':>9}{'':6}{'ratio':>7}  other")
+    for row in bench():
+        print("{what:34}{ours:9.1f}{other:9.1f} {unit:5}{ratio:6.2f}x  {against}".format(**row),
+              flush=True)
 
 
 def main(argv=None):

@@ -10,6 +10,7 @@ import functools
 import gzip
 import io
 import json
+import math
 import os
 import pickle
 import re
@@ -161,7 +162,8 @@ def test_unusable_pictures_are_refused(bad):
 @pytest.mark.parametrize("protocol", [2, 5])
 def test_pickles_are_accepted(tmp_path, layout, protocol):
     images = np.random.default_rng(0).integers(0, 4, (6, 28, 28, 3)).astype(np.uint8)
-    captions = np.array(TEXTS * 2) if protocol == 5 else TEXTS * 2
+    captions = np.array(TEXTS * 2) if protocol == 5 else ["  " + "\t".join(t.split()) + "\n"
+                                                          for t in TEXTS * 2]  # blanks are blanks
     content = (images, images[:3], captions, captions[:3])
     if layout == "dict":
         content = dict(zip(("train_images", "test_images", "train_texts", "test_texts"), content))
@@ -390,7 +392,8 @@ def test_batch_order_is_a_function_of_seed_and_step():
         cut.set_epoch(epoch)
         seen += [b.tolist() for b in cut]
     assert seen == (first + second)[:5]
-    cut.set_epoch(1, skip=1)
+    cut.set_epoch(1)
+    cut.skip = 1
     assert [b.tolist() for b in cut] == (first + second)[3:4]
 
 
@@ -1014,6 +1017,28 @@ def test_phases_of_other_settings_keep_the_models_loadable(tmp_path):
         mmgen.train_run(tmp_path, "vqvae", tiny_config(), data, torch.device("cpu"))
 
 
+@pytest.mark.parametrize("done,regime,admitted,left", [
+    ("vqvae", "igpt", True, "vqvae"), ("vqvae igpt", "finetune", True, "vqvae igpt"),
+    ("single", "finetune", True, "single"), ("vqvae", "two-stage", False, ""),
+    ("vqvae igpt finetune", "single", False, ""), ("single", "multi", False, ""),
+    ("single", "vqvae", False, ""), ("single", "igpt", False, "single"),
+    ("vqvae igpt finetune", "igpt", False, "vqvae"),
+    ("vqvae igpt finetune", "finetune", False, "vqvae igpt"),
+])
+def test_what_a_finished_run_admits_and_what_is_left_of_it(tmp_path, done, regime, admitted, left):
+    """A file that was made once is made anew with --overwrite only; what follows it is stale."""
+    data, cfg = as_pairs(drawn(8, 8)), tiny_config()
+    old = mmgen.Run(tmp_path, "multi", cfg, data)
+    old.done, old.rows = done.split(), [{"phase": phase} for phase in done.split()]
+    old.save(complete=True)
+    new = mmgen.Run(tmp_path, regime, cfg, data)
+    if not admitted:
+        with pytest.raises(InputError, match="holds a run"):
+            new.begin(resume=False, overwrite=False)
+    assert new.begin(resume=False, overwrite=not admitted)
+    assert new.done == left.split() == [row["phase"] for row in new.rows]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_muon_orthogonalizes(dtype):
     torch.manual_seed(0)
@@ -1031,6 +1056,7 @@ def test_muon_orthogonalizes(dtype):
     muon.step()
     assert (torch.linalg.matrix_norm(weight, 2) < 0.13
             and torch.allclose(bias, torch.tensor(-0.01), atol=1e-4))
+    assert mmgen.Muon([bias], 0.5).param_groups[0]["lr"] == 0.5  # as any optimizer of torch
 
 
 def test_cosine_scheduler():
@@ -1077,6 +1103,8 @@ def test_library_snippets_of_the_notes(tmp_path):
     assert len(train_losses) == 3 and test_losses[-1] < test_losses[0]
     image = mmgen.generate_from_text(igpt, text_tokenizer, vqvae, TEXTS[0], device)
     assert image.shape == (1, 3, 28, 28)
+    roomy = iGPT(vocab_size, context_length=64, d_model=32, n_heads=4, n_layers=2)
+    assert mmgen.generate_from_text(roomy, text_tokenizer, vqvae, TEXTS[0], device).ndim == 4
     caption = mmgen.generate_from_image(igpt, text_tokenizer, vqvae, image[0], device)
     assert isinstance(caption, str)
     pictures, captions = mmgen.generate_unconditional(igpt, text_tokenizer, vqvae, 3, device)
@@ -1427,6 +1455,32 @@ def test_same_seed_same_bytes(tmp_path, data_dir):
         assert (tmp_path / "a" / path).read_bytes() == (tmp_path / "b" / path).read_bytes(), path
 
 
+def test_a_gradient_that_is_not_finite_leaves_the_weights_alone():
+    vqvae, _, _ = small_models()
+    trainer = VQVAETrainer(vqvae, torch.optim.Adam(vqvae.parameters()), "cpu")
+    vqvae.decoder[0].weight.register_hook(lambda gradient: gradient * math.nan)
+    before = vqvae.encoder[0].weight.detach().clone()
+    with pytest.raises(InputError, match="the gradient's norm is nan at step 0"):
+        trainer.train_step(torch.rand(2, 3, 28, 28))
+    assert torch.equal(vqvae.encoder[0].weight, before)
+
+
+def test_the_loop_takes_the_samplers_of_torch():
+    class Order(torch.utils.data.DistributedSampler):
+        epochs = []
+
+        def set_epoch(self, epoch):
+            self.epochs.append(epoch)
+            super().set_epoch(epoch)
+
+    vqvae, _, _ = small_models()
+    pictures = [torch.rand(3, 28, 28) for _ in range(4)]
+    loader = torch.utils.data.DataLoader(pictures, 2, sampler=Order(pictures, 1, 0))
+    losses, _ = VQVAETrainer(vqvae, torch.optim.Adam(vqvae.parameters()), "cpu").train(
+        loader, loader, num_epochs=2)
+    assert len(losses) == 2 and Order.epochs == [0, 1]
+
+
 @pytest.mark.parametrize("in_training,step", [(True, 3), (False, 4)])
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, data_dir, monkeypatch, capsys,
                                                  in_training, step):
@@ -1656,6 +1710,15 @@ def test_an_igpt_of_other_codes_is_refused(trained, tmp_path):
         vqvae.codebook.weight[0] += 1
     with pytest.raises(InputError, match="codes of another"):
         mmgen.load_igpt(trained / "checkpoints" / "igpt_model.pth", vqvae)
+
+
+@pytest.mark.parametrize("words", [None, 5, "red", [], ["red", 7]])
+def test_a_damaged_vocabulary_is_refused(trained, tmp_path, words):
+    vqvae = mmgen.load_vqvae(trained / "checkpoints" / "vqvae_model.pth")
+    content = mmgen.load_checkpoint(trained / "checkpoints" / "igpt_model.pth", "igpt")
+    mmgen.save_checkpoint(tmp_path / "igpt.pth", "igpt", {**content, "words": words})
+    with pytest.raises(InputError, match="its vocabulary is damaged"):
+        mmgen.load_igpt(tmp_path / "igpt.pth", vqvae)
 
 
 def test_bench_prints_ratios(monkeypatch, capsys):
