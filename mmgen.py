@@ -117,13 +117,11 @@ class Checked:
 
     def __post_init__(self):
         for f in dataclasses.fields(self):
-            value, (low, high, choices) = getattr(self, f.name), (f.metadata[k] for k in (
-                "low", "high", "choices"))
-            wanted = (int, float) if type(f.default) is float else type(f.default)
-            if not isinstance(value, wanted) or isinstance(value, bool) > (wanted is bool):
-                raise InputError(f"{f.name} is {value!r}, no {type(f.default).__name__}")
-            if f.name == "orders" and not set(value.split(",")) <= set(ORDERS):
-                raise InputError(f"orders is {value}, not some of {', '.join(ORDERS)}")
+            value, kind = getattr(self, f.name), type(f.default)
+            fits = isinstance(value, (int, float) if kind is float else kind)
+            if not fits or isinstance(value, bool) and kind is not bool:  # True is an int, too
+                raise InputError(f"{f.name} is {value!r}, no {kind.__name__}")
+            low, high, choices = (f.metadata[name] for name in ("low", "high", "choices"))
             if choices and value not in choices or low is not None and not low <= value <= high:
                 allowed = choices or f"the range {low} to {high}"
                 raise InputError(f"{f.name} is {value}, not in {allowed}")
@@ -195,6 +193,11 @@ class Config(Checked):
     value_range: str = knob("auto", "values of the pictures in pickles: 0-3, 0-255 or 0-1",
                             choices=("auto", "2bit", "8bit", "unit"))
     seed: int = knob(0, "seed of weights, batches and noise", 0, 2**31)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not set(self.orders.split(",")) <= set(ORDERS):
+            raise InputError(f"orders is {self.orders}, not some of {', '.join(ORDERS)}")
 
 
 PRESETS = {
@@ -795,15 +798,18 @@ class DataProcessor:
 # of the logits.
 
 
+# The specials' ids, counted from the end of the vocabulary: its size V is enough to find them
+EOT, EOI, BOS, PAD = -4, -3, -2, -1
+
+
 class Tokenizer:
     """Words to token ids and back. Ids 0..K-1 are codes; then the sorted words, EOT, EOI, BOS, PAD.
 
-    The specials stand last, PAD last of all, so that a vocabulary size V is enough to find them;
     EOT follows the words, so that "a word or the end of the caption" is one range of ids. As in the
     notes, `all_words` ends with the specials. n_embeddings: K. Raises InputError for no words.
     """
 
-    SPECIALS = ("<eot>", "<eoi>", "<bos>", "<pad>")  # at V-4, V-3, V-2, V-1
+    SPECIALS = ("<eot>", "<eoi>", "<bos>", "<pad>")
 
     def __init__(self, texts, n_embeddings):
         split = [t.split() for t in texts]
@@ -815,11 +821,11 @@ class Tokenizer:
         self.all_words = self.words + list(self.SPECIALS)
         V = self.vocab_size = n_embeddings + len(self.all_words)
         self.word_to_id = {w: n_embeddings + i for i, w in enumerate(self.words)}
-        self.end_of_text_token, self.end_of_image_token = V - 4, V - 3
-        self.bos_token, self.pad_token = V - 2, V - 1
+        self.end_of_text_token, self.end_of_image_token = V + EOT, V + EOI
+        self.bos_token, self.pad_token = V + BOS, V + PAD
         # The ids each span may hold, as ranges [low, high): what sampling is restricted to
-        self.image_span, self.text_span = (0, n_embeddings), (n_embeddings, V - 3)
-        self.start_span = (V - 4, V - 2)  # EOT: a picture comes first, EOI: a caption
+        self.image_span, self.text_span = (0, n_embeddings), (n_embeddings, V + EOI)
+        self.start_span = (V + EOT, V + BOS)  # EOT: a picture comes first, EOI: a caption
 
     def text_encode(self, text):
         """A caption -> its word ids, int64 (words,), no specials. Raises InputError for no words,
@@ -1219,8 +1225,8 @@ def compute_loss(x, recon_x, z_e, z_q, beta=0.25, extremes=0.0):
 # The usual decoder-only transformer (GPT-2's pre-norm block), with three things of its own: places
 # are counted from the last mark, one vector tells what the span before that mark said, and the
 # tables of the picture tokens are built from the codebook. To copy it, take InputError,
-# SelfAttention and attend from above with it; to sample, the section Sampling down to generate,
-# whose `how` may be anything with the fields of SamplingConfig.
+# EOT ... PAD, SelfAttention and attend from above with it; to sample, the section Sampling down to
+# generate, whose `how` may be anything with the fields of SamplingConfig.
 
 
 class KVCache:
@@ -1276,8 +1282,8 @@ class Block(nn.Module):
 class iGPT(nn.Module):
     """Next-token logits over the joint vocabulary: tokens int64 (B,T) -> (B,T,V).
 
-    vocab_size: V = K codes + len(Tokenizer.all_words); the last four ids are the marks EOT, EOI,
-    BOS and PAD. context_length: the longest sequence.
+    vocab_size: V = K codes + len(Tokenizer.all_words); the last four ids are EOT, EOI, BOS and PAD.
+    context_length: the longest sequence.
     codebook (K,D), optional: the VQ-VAE's codebook.weight. With it a code's embedding and output
     row are its own vector plus a learned linear map of its standardized code vector: codes that
     look alike share what is learned about one of them, and gradient can reach the codebook. It is
@@ -1336,12 +1342,12 @@ class iGPT(nn.Module):
         """Tokens (B,T) -> places (B,T), how far the last mark is, after an EOI plus the context
         length; and said (B,T,d), the sum over all words and codes before that mark. A
         sequence has one span before its last mark: what the other is to follow."""
-        B, T = tokens.shape
+        (B, T), V = tokens.shape, self.vocab_size
         index = torch.arange(T, device=tokens.device).expand(B, T)
-        is_mark = (tokens >= self.vocab_size - 4) & (tokens < self.vocab_size - 1)  # EOT, EOI, BOS
+        is_mark = (tokens >= V + EOT) & (tokens < V + PAD)  # EOT, EOI or BOS
         last = torch.where(is_mark, index, 0).cummax(1).values  # (B,T): where the last mark stands
-        after_eoi = tokens.gather(1, last) == self.vocab_size - 3
-        speaks = tokens < self.vocab_size - 4  # neither marks nor PAD
+        after_eoi = tokens.gather(1, last) == V + EOI
+        speaks = tokens < V + EOT  # neither marks nor PAD
         said = self.said_token(tokens) * self.said_place(index - last)  # (B,T,d)
         said = (said * speaks[..., None]).cumsum(1).gather(1, last[..., None].expand_as(said))
         if self.training and self.said_dropout:
@@ -1409,7 +1415,8 @@ class ParallelPredictor(iGPT):
 
     def forward(self, tokens):
         """text_image sequences (B,T) -> logits (B,T,V), of use where the next token is a code."""
-        return super().forward(tokens.masked_fill(tokens < self.n_embeddings, self.vocab_size - 1))
+        blank = tokens.masked_fill(tokens < self.n_embeddings, self.vocab_size + PAD)
+        return super().forward(blank)
 
     def predict(self, prompts, n_tokens):
         """Prompts BOS EOI TEXT EOT (B,T), all of one length -> logits (B,N,K)."""
@@ -1757,7 +1764,8 @@ class VQVAETrainer(Trainer):
 
     phase = "vqvae"
 
-    def __init__(self, model, optimizer, device, beta=0.25, extremes=0.0, **options):
+    def __init__(self, model, optimizer, device, beta=Config.beta, extremes=Config.extremes,
+                 **options):
         super().__init__({"vqvae": model}, optimizer, device, **options)
         self.model, self.beta, self.extremes = model, beta, extremes
 
@@ -1771,7 +1779,7 @@ class VQVAETrainer(Trainer):
 
 
 @torch.no_grad()
-def measure_reconstruction(vqvae, batches, beta=0.25, extremes=0.0):
+def measure_reconstruction(vqvae, batches, beta=Config.beta, extremes=Config.extremes):
     """Over batches (B,3,H,W): loss, recon_mse ([-1,1] units), recon_psnr (dB; values span 2),
     codebook_used (share of codes chosen at all), codebook_perplexity (exp of their use's
     entropy). For a model in eval mode; in training mode its codebook would take part."""
@@ -1799,7 +1807,7 @@ def target_weights(sequences, vocab_size, caption_weight):
     PAD counts nothing. The words of a caption that FOLLOWS a picture count caption_weight: they are
     6 targets of 57, in half of the rows, but all there is to captioning.
     """
-    pad, eoi = vocab_size - 1, vocab_size - 3
+    pad, eoi = vocab_size + PAD, vocab_size + EOI
     captioning = ((sequences[:, :-1] == eoi).cumsum(1) > 0) & (sequences[:, 1:2] != eoi)
     return torch.where(captioning, caption_weight, 1.0) * (sequences[:, 1:] != pad)
 
@@ -1811,7 +1819,7 @@ def measure_prediction(igpt, batches):
     total = right = n = 0
     for rows in batches:
         logits, targets = igpt(rows[:, :-1]), rows[:, 1:]
-        real = targets != igpt.vocab_size - 1
+        real = targets != igpt.vocab_size + PAD
         total += F.cross_entropy(logits[real], targets[real], reduction="sum").item()
         right += (logits.argmax(-1) == targets)[real].sum().item()
         n += real.sum().item()
@@ -1826,8 +1834,8 @@ class iGPTTrainer(Trainer):
 
     phase = "igpt"
 
-    def __init__(self, model, optimizer, device, vocab_size, sequence_length, caption_weight=1.0,
-                 **options):
+    def __init__(self, model, optimizer, device, vocab_size, sequence_length,
+                 caption_weight=Config.caption_weight, **options):
         super().__init__({"igpt": model}, optimizer, device, **options)
         self.model, self.vocab_size, self.caption_weight = model, vocab_size, caption_weight
         if sequence_length > model.context_length + 1:
@@ -1856,9 +1864,10 @@ class JointTrainer(Trainer):
     0.003 330, 95 and 96. With colours factored 0.003 gives 97 and 99.
     """
 
-    def __init__(self, phase, vqvae, igpt, tokenizer, optimizer, device, beta=0.25, extremes=0.0,
-                 lambda_xent=0.5, lambda_warmup=0, lambda_ramp=0, tau=0.5, orders=ORDERS[:2],
-                 caption_weight=1.0, **options):
+    def __init__(self, phase, vqvae, igpt, tokenizer, optimizer, device, beta=Config.beta,
+                 extremes=Config.extremes, lambda_xent=Config.lambda_xent, lambda_warmup=0,
+                 lambda_ramp=0, tau=Config.tau, orders=ORDERS[:2],
+                 caption_weight=Config.caption_weight, **options):
         super().__init__({"vqvae": vqvae, "igpt": igpt}, optimizer, device, **options)
         self.phase, self.vqvae, self.igpt, self.tokenizer = phase, vqvae, igpt, tokenizer
         self.beta, self.extremes, self.tau = beta, extremes, tau
@@ -1985,7 +1994,7 @@ def generate(model, prompts, n_new, span, how, generator=None, unconditional=Non
     guided = unconditional is not None and how.guidance > 0
     prompts = prompts + [unconditional] * B * guided
     tokens = nn.utils.rnn.pad_sequence(  # aligned at the right
-        prompts, batch_first=True, padding_value=model.vocab_size - 1, padding_side="left")
+        prompts, batch_first=True, padding_value=model.vocab_size + PAD, padding_side="left")
     tokens, (rows, T) = tokens.to(device), tokens.shape
     pad = torch.tensor([T - len(p) for p in prompts], device=device)
     pad = pad if pad.any() else None
