@@ -177,8 +177,8 @@ class Config(Checked):
     finetune_lr: float = knob(0.01, "the VQ-VAE's rates in phase 3, relative to phase 1", 0, 10)
     finetune_igpt_lr: float = knob(0.1, "the iGPT's rates in phase 3, relative to phase 2", 0, 10)
     codebook_lr: float = knob(0.3, "the codebook's rate in joint training, relative", 0, 10)
-    lambda_xent: float = knob(0.5, "weight of the cross-entropy in joint training; 0.003 to 1",
-                               0, 1e3)
+    lambda_xent: float = knob(0.003, "weight of the cross-entropy in joint training; 0.1 and more "
+                              "can collapse the codebook", 0, 1e3)
     lambda_warmup: float = knob(0.3, "share of `single` before lambda leaves 0", 0, 1)
     lambda_ramp: float = knob(0.1, "share of `single` in which lambda rises", 0, 1)
     tau: float = knob(0.5, "temperature of soft targets, in mean quantization errors", 1e-3, 1e3)
@@ -198,6 +198,8 @@ class Config(Checked):
         super().__post_init__()
         if not set(self.orders.split(",")) <= set(ORDERS):
             raise InputError(f"orders is {self.orders}, not some of {', '.join(ORDERS)}")
+        if self.d_model % self.n_heads:  # said before phase 1, not after it
+            raise InputError(f"d_model {self.d_model} is not divisible by {self.n_heads} heads")
 
 
 PRESETS = {
@@ -209,7 +211,7 @@ PRESETS = {
         extremes=0.5, delay=100, restart=50, vqvae_steps=3500, vqvae_batch_size=32, vqvae_lr=3e-3,
         vqvae_decay=True, dropout=0.0, igpt_steps=4000, igpt_batch_size=32, igpt_lr=8e-3,
         caption_weight=20.0, copies=2, single_steps=3900, finetune_steps=175, finetune_lr=0.002,
-        lambda_xent=0.003, lambda_warmup=0.15, lambda_ramp=0.05, said_dropout=0.3,
+        lambda_warmup=0.15, lambda_ramp=0.05, said_dropout=0.3,
         optimizer="muon"),
     "tiny": dict(
         vqvae_dim=16, vqvae_D=16, vqvae_K=32, vqvae_steps=60, vqvae_batch_size=16, vqvae_lr=3e-3,
@@ -702,6 +704,9 @@ def _pairs(arrays, name, log):
     keys = ("train_images", "test_images", "train_captions", "test_captions")
     if set(keys) - arrays.keys():
         raise InputError(f"{name}: lacks {', '.join(sorted(set(keys) - arrays.keys()))}")
+    unlike = [f"{k} is {arrays[k].dtype}" for k in keys[:2] if arrays[k].dtype != np.uint8]
+    if unlike:
+        raise InputError(f"{name}: want pictures of uint8, {unlike[0]}")
     pairs = _checked_pairs([arrays[k] for k in keys], keys, name, "8bit", log)
     return Pairs(*pairs, *pairs[:2])
 
@@ -2389,17 +2394,23 @@ def picture_grid(images, scale=2, together=1):
     return tiles.reshape(rows * canvas.shape[1], -1, 3)
 
 
-def save_samples(prefix, images, captions, together=1):
-    """Write PREFIX.ppm (a picture_grid), PREFIX.npy (uint8 (N,H,W,3)) and PREFIX.txt (a caption a
-    line); if PREFIX ends in .png, the grid is a PNG of just that name. Returns the grid's path."""
+def sample_paths(prefix):
+    """--out PREFIX -> PREFIX.ppm (PREFIX itself, if it ends in .png), PREFIX.npy, PREFIX.txt."""
     base = str(prefix).removesuffix(".png").removesuffix(".ppm")
-    suffix, encode = (".png", png_bytes) if str(prefix).endswith(".png") else (".ppm", ppm_bytes)
-    buffer, path = io.BytesIO(), base + suffix
+    suffix = ".png" if str(prefix).endswith(".png") else ".ppm"
+    return tuple(Path(base + end) for end in (suffix, ".npy", ".txt"))
+
+
+def save_samples(prefix, images, captions, together=1):
+    """Write a picture_grid, the pictures uint8 (N,H,W,3) and a caption a line to sample_paths.
+    Returns the grid's path."""
+    buffer, (grid, pictures, texts) = io.BytesIO(), sample_paths(prefix)
     np.save(buffer, images)
-    atomic_write(path, encode(picture_grid(images, together=together)))
-    atomic_write(f"{base}.npy", buffer.getvalue())
-    atomic_write(f"{base}.txt", "".join(c + "\n" for c in captions).encode())
-    return path
+    encode = png_bytes if grid.suffix == ".png" else ppm_bytes
+    atomic_write(grid, encode(picture_grid(images, together=together)))
+    atomic_write(pictures, buffer.getvalue())
+    atomic_write(texts, "".join(c + "\n" for c in captions).encode())
+    return grid
 
 
 def show_in_terminal(images, captions):
@@ -2431,8 +2442,8 @@ REGIMES = {
     "igpt": ("igpt",),
     "finetune": ("finetune",),
 }
-# What each phase makes, and which phases' work igpt and finetune, run by themselves, go on from
-MAKES = dict(vqvae=("vqvae",), igpt=("igpt",), single=("vqvae", "igpt"), finetune=("finetune",))
+# Which models each phase makes anew, and which phases' work igpt and finetune alone go on from
+MAKES = dict(vqvae=("vqvae",), igpt=("igpt",), single=("vqvae", "igpt"))
 FOLLOWS = dict(igpt=("vqvae", "single"), finetune=("vqvae", "single", "igpt"))
 SAVE_SECONDS = 15  # how often the state for --resume is written: what a kill costs at most
 
@@ -2463,7 +2474,13 @@ class Run:
         Raises InputError if there is a run and neither flag was given, or its settings are others.
         """
         phases = REGIMES[self.regime]
+        made = {name for name in ("vqvae", "igpt")
+                if (self.state_path.parent / f"{name}_model.pth").exists()}
+        wanted = {name for phase in phases for name in MAKES.get(phase, ())}
         if not self.state_path.exists():
+            if made & wanted and not overwrite:
+                raise InputError(f"{self.folder} holds a model that this would replace: "
+                                 "--overwrite it, or choose another --run")
             if resume:
                 log(f"nothing to resume in {self.folder}: starting anew")
             return True
@@ -2472,9 +2489,8 @@ class Run:
         if lacking:
             raise InputError(f"{self.state_path}: damaged, it lacks {', '.join(sorted(lacking))}")
         if not resume:
-            made, wanted = ({thing for phase in some for thing in MAKES.get(phase, ())}
-                            for some in (state["done"], phases))
-            if not overwrite and (not state["complete"] or made & wanted):
+            again = made & wanted or set(phases) & set(state["done"])
+            if not overwrite and (not state["complete"] or again):
                 raise InputError(f"{self.folder} holds a run ({state['regime']}): --resume it, "
                                  "--overwrite it, or choose another --run")
             # A run may be made one phase at a time: what came before is left, the rest is stale
@@ -2866,7 +2882,8 @@ def report_codebook(vqvae, images, device, path):
         f"{m['recon_psnr']:.1f} dB), {m['codebook_used']:.0%} of the codes used, perplexity "
         f"{m['codebook_perplexity']:.1f}")
     if m["codebook_used"] < 0.05 or m["codebook_perplexity"] < min(4, vqvae.n_embeddings / 2):
-        log("warning: the codebook collapsed: lower --vqvae-lr, raise --beta, or try --ema 0.99")
+        log("warning: the codebook collapsed: lower --vqvae-lr (in joint training --lambda-xent), "
+            "raise --beta, or try --ema 0.99 (in phase 1)")
     some = images[:32]
     recon_x = denormalize(vqvae(Pictures(some)[:].to(device))[2])
     pairs = np.stack([some, recon_x], 1).reshape(-1, *some.shape[1:])  # (2n,H,W,3), alternating
@@ -3083,7 +3100,7 @@ def add_sample_flags(p):
                    help=".npy uint8 (H,W,3) or (N,H,W,3), or a binary PPM")
     p.add_argument("--out", metavar="PREFIX", help="for .ppm, .npy, .txt; PREFIX.png writes a PNG "
                                                    "(default: results/..._samples in --run)")
-    p.add_argument("--complete", type=checked(int, 0, 64), default=0, metavar="ROWS",
+    p.add_argument("--complete", type=checked(int, 1, 64), default=0, metavar="ROWS",
                    help="keep so many rows of a picture's tokens, draw the rest (mode image)")
     p.add_argument("--best-of", type=checked(int, 1, 1000), default=1, metavar="N",
                    help="of N samples keep the one that makes its prompt the most likely")
@@ -3284,6 +3301,11 @@ def command_sample(args):
     if (prompts and args.mode != "text") or (args.image or args.complete) and args.mode != "image":
         raise InputError("--prompt and --prompts belong to --mode text, --image and --complete to "
                          "--mode image")
+    out = args.out or args.run / "results" / SAMPLE_NAMES[args.mode]
+    given_files = [path.resolve() for path in (args.prompts, args.image) if path]
+    for path in sample_paths(out):
+        if path.resolve() in given_files:
+            raise InputError(f"--out {out} would write over {path}, which was given to read")
     if args.best_of > 1 and args.mode == "unconditional":
         raise InputError("--best-of needs a prompt or a picture to be true to")
     if args.image:
@@ -3294,9 +3316,7 @@ def command_sample(args):
     n = args.n or (9 if args.mode == "unconditional" else 1)
     images, captions = make_samples(args.mode, *models, how, prompts, n, args.seed, args.complete,
                                     args.best_of)
-    default = args.run / "results" / SAMPLE_NAMES[args.mode]
-    path = save_samples(args.out or default, images, captions,
-                        1 if args.mode == "unconditional" else n)
+    path = save_samples(out, images, captions, 1 if args.mode == "unconditional" else n)
     print("\n".join(captions))
     if args.show:
         show_in_terminal(images, captions)

@@ -1031,12 +1031,19 @@ def test_what_a_finished_run_admits_and_what_is_left_of_it(tmp_path, done, regim
     old = mmgen.Run(tmp_path, "multi", cfg, data)
     old.done, old.rows = done.split(), [{"phase": phase} for phase in done.split()]
     old.save(complete=True)
+    for name in ("vqvae", "igpt"):
+        if name in done or "single" in done:
+            (tmp_path / "checkpoints" / f"{name}_model.pth").touch()
     new = mmgen.Run(tmp_path, regime, cfg, data)
     if not admitted:
         with pytest.raises(InputError, match="holds a run"):
             new.begin(resume=False, overwrite=False)
     assert new.begin(resume=False, overwrite=not admitted)
     assert new.done == left.split() == [row["phase"] for row in new.rows]
+    if not admitted and regime != "finetune":  # nor without the state that tells who made the files
+        new.state_path.unlink()
+        with pytest.raises(InputError, match="holds a model"):
+            new.begin(resume=True, overwrite=False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -1177,6 +1184,18 @@ def test_the_samples_of_a_prompt_share_a_row_of_the_grid(trained, data_dir, tmp_
                      "--prompt", TEXTS[0], "--prompt", TEXTS[1], "--out", tmp_path / "s")
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "s.ppm").read_bytes().startswith(b"P6\n290 116\n")  # 5 pictures by 2
+
+
+@pytest.mark.parametrize("given,out", [("c.txt", "c"), ("x.npy", "x.png")])
+def test_samples_do_not_replace_what_they_were_made_of(trained, data_dir, tmp_path, given, out):
+    (tmp_path / "c.txt").write_text(TEXTS[0])
+    np.save(tmp_path / "x.npy", mmgen.load_data(data_dir, log=None).test_images[:1])
+    before = (tmp_path / given).read_bytes()
+    inputs = (["--mode", "text", "--prompts", tmp_path / given] if out == "c" else
+              ["--mode", "image", "--image", tmp_path / given])
+    result = command("sample", "--run", trained, *inputs, "--out", tmp_path / out)
+    assert result.returncode == 2 and "write over" in result.stderr
+    assert (tmp_path / given).read_bytes() == before
 
 
 def test_a_begun_caption_is_completed_and_a_whole_one_kept():
@@ -1710,6 +1729,19 @@ def test_an_igpt_of_other_codes_is_refused(trained, tmp_path):
         vqvae.codebook.weight[0] += 1
     with pytest.raises(InputError, match="codes of another"):
         mmgen.load_igpt(trained / "checkpoints" / "igpt_model.pth", vqvae)
+
+
+def test_a_drawn_set_of_floats_is_refused(tmp_path):
+    arrays = drawn(8, 8)
+    arrays["train_images"] = arrays["train_images"] / 255
+    mmgen.write_pairs(tmp_path, arrays)
+    with pytest.raises(InputError, match="want pictures of uint8, train_images is float64"):
+        mmgen.load_data(tmp_path, log=None)
+
+
+def test_heads_that_do_not_divide_the_width_are_refused_before_phase_1():
+    with pytest.raises(InputError, match="d_model 32 is not divisible by 3 heads"):
+        tiny_config(n_heads=3)
 
 
 @pytest.mark.parametrize("words", [None, 5, "red", [], ["red", 7]])
