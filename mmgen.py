@@ -1651,7 +1651,7 @@ class Trainer:
         self.shared_loss = self.loss
         if dist.is_initialized():
             self.shared_loss = DistributedDataParallel(
-                LossModule(self), broadcast_buffers=False, find_unused_parameters=True)
+                LossModule(self), forward_sync_buffers=False, find_unused_parameters=True)
         self.train_losses, self.test_losses = [], []
 
     def loss(self, batch):
@@ -3191,6 +3191,8 @@ def command_data(args):
         raise InputError(f"--size {args.size}: must be divisible by 4")
     if (args.source == "mnist") != (args.mnist is not None):
         raise InputError("--source mnist and --mnist DIR belong together")
+    if args.mnist and args.size != 28:
+        raise InputError(f"--size {args.size}: MNIST's pictures are what they are")
     if args.source == "drawn":
         arrays = make_drawn(args.train or N_DRAWN[0], args.test or N_DRAWN[1], args.size, args.seed)
     else:
