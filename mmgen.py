@@ -211,8 +211,7 @@ PRESETS = {
         extremes=0.5, delay=100, restart=50, vqvae_steps=3500, vqvae_batch_size=32, vqvae_lr=3e-3,
         vqvae_decay=True, dropout=0.0, igpt_steps=4000, igpt_batch_size=32, igpt_lr=8e-3,
         caption_weight=20.0, copies=2, single_steps=3900, finetune_steps=175, finetune_lr=0.002,
-        lambda_warmup=0.15, lambda_ramp=0.05, said_dropout=0.3,
-        optimizer="muon"),
+        lambda_warmup=0.15, lambda_ramp=0.05, said_dropout=0.3, optimizer="muon"),
     "tiny": dict(
         vqvae_dim=16, vqvae_D=16, vqvae_K=32, vqvae_steps=60, vqvae_batch_size=16, vqvae_lr=3e-3,
         d_model=32, n_heads=2, n_layers=2, igpt_steps=60, igpt_batch_size=16, igpt_lr=3e-3,
@@ -757,7 +756,8 @@ class BatchOrder(Sampler):
         return self.steps
 
     def set_epoch(self, epoch):
-        """Make the next iteration pass number `epoch`, from its batch number self.skip on."""
+        """Make the next iteration pass number `epoch`; set `skip` then to leave out its first
+        batches."""
         self.epoch, self.skip = epoch, 0
 
     def __iter__(self):
@@ -1436,6 +1436,11 @@ class ParallelPredictor(iGPT):
 # in where they enter the ring IMAGE EOI TEXT EOT, and nothing else.
 
 
+def sequence_length(n_tokens, tokenizer):
+    """BOS + IMAGE + EOI + TEXT + EOT: 1+49+1+6+1 = 58 for 28x28 pictures and six words."""
+    return n_tokens + tokenizer.caption_length + 3
+
+
 def make_sequences(tokens, text_ids, tokenizer, order):
     """Picture tokens (B,N) and captions (B,L+1) from Tokenizer.encode_batch -> sequences
     int64 (B,N+L+3).
@@ -1462,7 +1467,7 @@ def make_sequences(tokens, text_ids, tokenizer, order):
 def mixed_sequences(tokens, text_ids, tokenizer, orders):
     """A batch dealt out to several orders: row i is in orders[i % len(orders)], where i counts
     through the shares of all processes. (B,N), (B,L+1) -> (B,T)."""
-    rows = tokens.new_empty(len(tokens), tokens.shape[1] + text_ids.shape[1] + 2)
+    rows = tokens.new_empty(len(tokens), sequence_length(tokens.shape[1], tokenizer))
     first = processes()[0] * len(tokens)  # this share's first row
     for i, order in enumerate(orders):
         part = slice((i - first) % len(orders), None, len(orders))
@@ -1823,6 +1828,7 @@ def measure_prediction(igpt, batches):
     (share of tokens that are the most likely one)."""
     total = right = n = 0
     for rows in batches:
+        rows = rows.to(igpt.head.weight.device)
         logits, targets = igpt(rows[:, :-1]), rows[:, 1:]
         real = targets != igpt.vocab_size + PAD
         total += F.cross_entropy(logits[real], targets[real], reduction="sum").item()
@@ -1854,7 +1860,7 @@ class iGPTTrainer(Trainer):
         return (nll * weight).sum() / weight.sum(), {}
 
     def test(self, test_loader):
-        return measure_prediction(self.model, (to_device(b, self.device) for b in test_loader))
+        return measure_prediction(self.model, test_loader)
 
 
 class JointTrainer(Trainer):
@@ -2221,6 +2227,7 @@ def compare_captions(found, wanted):
 # without running code and says what it is and what it fits to.
 
 FORMAT = 2  # of checkpoints; raise it whenever an old file would be misread
+VQVAE_FILE, IGPT_FILE = "checkpoints/vqvae_model.pth", "checkpoints/igpt_model.pth"  # of a run
 # What using the content of a damaged checkpoint may raise
 DAMAGE = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
@@ -2281,8 +2288,7 @@ def build_vqvae(cfg, size):
 
 def build_igpt(cfg, vqvae, tokenizer):
     """The iGPT of a Config, which it carries as .config, that fits a VQ-VAE and a Tokenizer."""
-    # BOS + IMAGE + EOI + TEXT + EOT: 1+49+1+6+1 = 58 for 28x28 pictures and six words
-    length = math.prod(vqvae.grid) + tokenizer.caption_length + 3
+    length = sequence_length(math.prod(vqvae.grid), tokenizer)
     build = iGPT
     if cfg.predictor == "parallel":
         build = functools.partial(ParallelPredictor, vqvae.n_embeddings)
@@ -2442,8 +2448,8 @@ REGIMES = {
     "igpt": ("igpt",),
     "finetune": ("finetune",),
 }
-# Which models each phase makes anew, and which phases' work igpt and finetune alone go on from
-MAKES = dict(vqvae=("vqvae",), igpt=("igpt",), single=("vqvae", "igpt"))
+# Which files each phase makes anew, and which phases' work igpt and finetune alone go on from
+MAKES = dict(vqvae=(VQVAE_FILE,), igpt=(IGPT_FILE,), single=(VQVAE_FILE, IGPT_FILE), finetune=())
 FOLLOWS = dict(igpt=("vqvae", "single"), finetune=("vqvae", "single", "igpt"))
 SAVE_SECONDS = 15  # how often the state for --resume is written: what a kill costs at most
 
@@ -2474,11 +2480,9 @@ class Run:
         Raises InputError if there is a run and neither flag was given, or its settings are others.
         """
         phases = REGIMES[self.regime]
-        made = {name for name in ("vqvae", "igpt")
-                if (self.state_path.parent / f"{name}_model.pth").exists()}
-        wanted = {name for phase in phases for name in MAKES.get(phase, ())}
+        replaces = any((self.folder / name).exists() for phase in phases for name in MAKES[phase])
         if not self.state_path.exists():
-            if made & wanted and not overwrite:
+            if replaces and not overwrite:
                 raise InputError(f"{self.folder} holds a model that this would replace: "
                                  "--overwrite it, or choose another --run")
             if resume:
@@ -2489,7 +2493,7 @@ class Run:
         if lacking:
             raise InputError(f"{self.state_path}: damaged, it lacks {', '.join(sorted(lacking))}")
         if not resume:
-            again = made & wanted or set(phases) & set(state["done"])
+            again = replaces or set(phases) & set(state["done"])
             if not overwrite and (not state["complete"] or again):
                 raise InputError(f"{self.folder} holds a run ({state['regime']}): --resume it, "
                                  "--overwrite it, or choose another --run")
@@ -2793,22 +2797,22 @@ def train_run(folder, regime, cfg, data, device, resume=False, overwrite=False, 
     """Train the phases of a regime into a run directory -> vqvae, igpt, tokenizer (the latter two
     None if only the VQ-VAE was trained), or None if the run was complete already.
     finish(vqvae, igpt, tokenizer) is called before the run counts as complete."""
-    phases, files = REGIMES[regime], Path(folder) / "checkpoints"
+    phases = REGIMES[regime]
     empty = [phase for phase in phases if not phase_length(cfg, phase, 1, 1)[2]]
     if empty and empty != ["finetune"]:
         raise InputError(f"--{empty[0]}-epochs 0: only finetune can be skipped")
-    given_cfg, cfg = cfg, settle_factored(cfg, data)
+    asked, cfg = cfg.factored, settle_factored(cfg, data)
     run = Run(folder, regime, cfg, data)
     if not run.begin(resume, overwrite):
         return None
     if dist.is_initialized():
         dist.barrier()  # all have read the state before the first process writes a new one
     torch.manual_seed(cfg.seed)
-    vqvae_path, igpt_path = files / "vqvae_model.pth", files / "igpt_model.pth"
+    vqvae_path, igpt_path = run.folder / VQVAE_FILE, run.folder / IGPT_FILE
     size, igpt, tokenizer = tuple(data.train_images.shape[1:3]), None, None
     fresh = phases[0] in ("vqvae", "single") and not set(phases) & set(run.done)
     vqvae = build_vqvae(cfg, size).to(device) if fresh else load_vqvae(vqvae_path, device)
-    if fresh and cfg != given_cfg:
+    if fresh and asked == "auto":
         log(f"--factored {cfg.factored}, by the size and the colours of the pictures")
     if tuple(vqvae.size) != size:
         raise InputError(f"{vqvae_path}: was trained on {vqvae.size} pictures, these are {size}")
@@ -3284,9 +3288,9 @@ def make_samples(mode, vqvae, igpt, tokenizer, how, prompts, n=1, seed=0, comple
 
 def load_models(args):
     """-> VQ-VAE, iGPT and Tokenizer of the run in --run, on --device."""
-    device, folder = pick_device(args), args.run / "checkpoints"
-    vqvae = load_vqvae(folder / "vqvae_model.pth", device)
-    return vqvae, *load_igpt(folder / "igpt_model.pth", vqvae, device)
+    device = pick_device(args)
+    vqvae = load_vqvae(args.run / VQVAE_FILE, device)
+    return vqvae, *load_igpt(args.run / IGPT_FILE, vqvae, device)
 
 
 def load_test_split(args, vqvae):
