@@ -10,6 +10,10 @@ train: $(VENV)/installed
 test: $(VENV)/installed
 	$(VENV)/bin/python -m pytest -q test_mmgen.py
 
+# Times mmgen against plain code
+bench: $(VENV)/installed
+	$(VENV)/bin/python test_mmgen.py bench
+
 # Ten thousand damaged files; FUZZ_SEED=N tries others
 fuzz: $(VENV)/installed
 	FUZZ_CASES=10000 $(VENV)/bin/python -m pytest -q -s test_mmgen.py -k damaged_files
@@ -22,4 +26,4 @@ $(VENV)/installed: Makefile
 clean:
 	rm -rf $(VENV) checkpoints results data/drawn.npz
 
-.PHONY: train test fuzz clean
+.PHONY: train test bench fuzz clean

@@ -174,6 +174,7 @@ class Config(Settings):
     factored: str = knob("off", "code shapes and colours apart; auto: if pictures are two-coloured",
                          choices=("off", "on", "auto"), laptop="auto")
     beta: float = knob(0.25, "commitment weight; 0.1 to 2 work", laptop=2.0)
+    extremes: float = knob(0.0, "weight of colour extremes in the loss; 0.1 to 0.5", laptop=0.1)
     ema: float = knob(0.0, "decay of EMA codes in phase 1; 0: they learn by gradient", high=0.9999)
     restart: int = knob(100, "restart codes unused for more batches; 0: never", laptop=50)
     vqvae_epochs: int = knob(30, "length of phase 1")
@@ -220,6 +221,18 @@ class Config(Settings):
             raise InputError(f"orders is {self.orders}, not some of {', '.join(ORDERS)}")
         if self.d_model % self.n_heads:  # said before phase 1, not after it
             raise InputError(f"d_model {self.d_model} is not divisible by {self.n_heads} heads")
+
+    @classmethod
+    def preset(cls, name, **changes):
+        """The Config of the preset 'full', 'laptop' or 'tiny', but for some changes. A length that
+        is given in epochs replaces the preset's in steps."""
+        values = {}
+        for f in dataclasses.fields(cls):
+            values[f.name] = f.metadata["presets"].get(name, f.default)
+        for key in changes:
+            if key.endswith("_epochs"):
+                values[key.replace("_epochs", "_steps")] = 0
+        return cls(**{**values, **changes})
 
 
 ORDERS = ("image_text", "text_image", "plain")  # of a sequence, see make_sequences
@@ -365,9 +378,9 @@ class Tokenizer:
 
     def text_decode(self, tokens):
         """Token ids (tensor or list of ints) -> the caption they spell, up to the first EOT."""
-        ids = list(map(int, tokens)) + [self.end_of_text_token]
+        ids, K = [*map(int, tokens), self.end_of_text_token], self.n_embeddings
         ids = ids[: ids.index(self.end_of_text_token)]
-        return " ".join(self.all_words[i - self.n_embeddings] for i in ids if i >= self.n_embeddings)
+        return " ".join(self.all_words[i - K] for i in ids if i >= K)
 
     def encode_batch(self, texts):
         """B captions -> int64 (B,L+1): the words, one EOT, PAD up to the longest caption."""
@@ -566,15 +579,16 @@ def split_colors(x):
     has come along the straight line from one to the other.
     """
     pixels = x.float().flatten(2).mT  # (B,H*W,3)
-    colors, point = [], pixels.mean(1, keepdim=True)  # (B,1,3)
-    for _ in range(2):
-        farthest = (pixels - point).square().sum(2).argmax(1)  # (B,)
-        point = pixels[torch.arange(len(x)), farthest][:, None]
-        colors.insert(0, point)
-    ground, ink = colors
+
+    def farthest(point):  # (B,1,3) -> the pixel farthest from it, (B,1,3)
+        index = (pixels - point).square().sum(2).argmax(1)  # (B,)
+        return pixels[torch.arange(len(x)), index][:, None]
+
+    ink = farthest(pixels.mean(1, keepdim=True))
+    ground = farthest(ink)
     way = ink - ground  # (B,1,3)
     mask = ((pixels - ground) * way).sum(2) / way.square().sum(2).clamp(min=1e-3)  # (B,H*W)
-    return mask.view(len(x), 1, *x.shape[2:]), torch.cat(colors, 1)
+    return mask.view(len(x), 1, *x.shape[2:]), torch.cat([ground, ink], 1)
 
 
 def join_colors(mask, colors):
@@ -588,7 +602,7 @@ def two_colored(images):
     joined again they lose less than 1 % of their variance."""
     x = to_float(torch.from_numpy(images[:: math.ceil(len(images) / 1000)].copy()))
     lost = (join_colors(*split_colors(x)) - x).square().mean()
-    return bool(lost < 0.01 * (x - x.mean((2, 3), keepdim=True)).square().mean())
+    return bool(lost + 1e-6 < 0.01 * (x - x.mean((2, 3), keepdim=True)).square().mean())
 
 
 def corners(z):
@@ -627,14 +641,21 @@ class FactoredVQVAE(VQVAE):
         return join_colors((mask + 1) / 2, colors.view(-1, 2, 3))
 
 
-def compute_loss(x, recon_x, z_e, z_q, beta=Config.beta):
+def compute_loss(x, recon_x, z_e, z_q, beta=Config.beta, extremes=0.0):
     """The VQ-VAE's loss: reconstruction + codebook + beta * commitment, each a mean over elements.
 
     x, recon_x (B,3,H,W); z_e, z_q (B,D,h,w) as VQVAE.forward returns them -> scalar. The codebook
     term pulls codes to features, the commitment term features to codes: so each detaches the OTHER
-    side (equation 3 of van den Oord et al. 2017; the notes detach z_q in both).
+    side (equation 3 of van den Oord et al. 2017; the notes detach z_q in both). extremes: weight of
+    the colours' extremes, see below.
     """
     recon, codebook = F.mse_loss(recon_x, x), F.mse_loss(z_q, z_e.detach())
+    if extremes:
+        # A thin stroke is a few pixels, and mean squared error would rather blur its colour than
+        # miss its place. The extremes of each window have no place, only a colour.
+        for sign in (1, -1):
+            a, b = (F.max_pool2d(sign * y, 7, ceil_mode=True) for y in (recon_x, x))
+            recon = recon + extremes * F.mse_loss(a, b)
     return recon + codebook + beta * F.mse_loss(z_e, z_q.detach())
 
 
@@ -647,15 +668,17 @@ def attend(q, k, v, causal):
     q (B,heads,T,head_dim), k and v (B,heads,columns,head_dim) -> like q. causal: the last query
     sees all columns, each one before it a column less.
     """
-    T, columns, hide = q.shape[2], k.shape[2], 0.0
+    T, columns, hide = q.shape[2], k.shape[2], None
     if causal and T > 1:  # 0 where a query may look, -inf where it may not
         hide = torch.full((T, columns), -math.inf, dtype=q.dtype, device=q.device)
         hide = hide.triu(columns - T + 1)
     # PyTorch's fused kernel, but for two cases on a CPU in which plain products are faster: four
     # times in bfloat16, forward and backward, and 1.2 times for one query, a step of sampling
     if q.device.type != "cpu" or q.dtype == torch.float32 and T > 1:
-        return F.scaled_dot_product_attention(q, k, v, hide if torch.is_tensor(hide) else None)
-    scores = (q * q.shape[-1] ** -0.5) @ k.mT + hide  # (B,heads,T,columns)
+        return F.scaled_dot_product_attention(q, k, v, hide)
+    scores = (q * q.shape[-1] ** -0.5) @ k.mT  # (B,heads,T,columns)
+    if hide is not None:
+        scores = scores + hide
     return scores.softmax(-1) @ v
 
 
@@ -776,12 +799,13 @@ class iGPT(nn.Module):
 
     def tables(self):
         """Embedding table and output matrix, both (V,d), with the codebook's share, if any."""
-        codebook, own = self._codebook[0], (self.embedding.weight, self.head.weight)
+        codebook, embedding, output = self._codebook[0], self.embedding.weight, self.head.weight
         if codebook is None:
-            return own
+            return embedding, output
         codes = (codebook - codebook.mean(0)) / (codebook.std(0) + 1e-5)  # (K,D), all on one scale
         below = (0, 0, 0, self.vocab_size - len(codes))  # words and specials get nothing
-        return own[0] + F.pad(self.code_in(codes), below), own[1] + F.pad(self.code_out(codes), below)
+        return (embedding + F.pad(self.code_in(codes), below),
+                output + F.pad(self.code_out(codes), below))
 
     def locate(self, tokens):
         """Tokens (B,T) -> places (B,T): how far the last mark is, plus the context length where
@@ -854,8 +878,8 @@ def make_sequences(tokens, text_ids, tokenizer, order):
 
     Where a caption is shorter than L, an EOT closes it in every order; PAD fills the row's end.
     """
-    t, column = tokenizer, tokens.new_ones(len(tokens), 1)  # (B,1)
-    bos, eoi, eot = t.bos_token * column, t.end_of_image_token * column, t.end_of_text_token * column
+    marks = tokens.new_tensor(specials(tokenizer.vocab_size)).expand(len(tokens), 4)
+    eot, eoi, bos, pad = marks.split(1, dim=1)  # (B,1) each
     row = torch.cat({
         # A caption of full length needs no EOT at a row's end: nothing comes after it
         "image_text": [bos, eot, tokens, eoi, text_ids[:, :-1]],
@@ -863,7 +887,7 @@ def make_sequences(tokens, text_ids, tokenizer, order):
         "plain": [bos, tokens, eoi, text_ids],
     }[order], 1)
     # A picture follows its caption at once: sort PAD to the end and leave the rest as it stands
-    return row.gather(1, (row == t.pad_token).byte().argsort(dim=1, stable=True))
+    return row.gather(1, (row == pad).byte().argsort(dim=1, stable=True))
 
 
 def mixed_sequences(tokens, text_ids, tokenizer, orders):
@@ -884,7 +908,7 @@ def text_prompt(tokenizer, caption):
 
 
 def image_prompts(tokenizer, tokens):
-    """BOS EOT IMAGE EOI, image_text sequences whose captions are still to come: (B,N) -> (B,N+3)."""
+    """BOS EOT IMAGE EOI, image_text sequences before their captions: (B,N) -> (B,N+3)."""
     return make_sequences(tokens, tokens.new_empty(len(tokens), 0), tokenizer, "image_text")
 
 
@@ -895,7 +919,7 @@ def quiet(items, what):
 
 @torch.no_grad()
 def extract_tokens(vqvae, images, augment=None, progress=quiet):
-    """Run pictures uint8 (M,H,W,3) through the encoder once, not in every epoch (notes B, "offline")
+    """Run pictures uint8 (M,H,W,3) through the encoder once, not in every epoch (notes B: offline)
     -> tokens int64 (M,N) on the CPU. augment: a function (B,3,H,W) -> (B,3,H,W) applied before."""
     device, out = vqvae.codebook.weight.device, []
     for x in progress(picture_batches(images, 250), "extracting tokens"):
@@ -970,8 +994,8 @@ def measure_prediction(igpt, batches):
 
 
 @torch.no_grad()
-def measure_reconstruction(vqvae, batches, beta=Config.beta):
-    """Over batches (B,3,H,W): loss (see compute_loss), recon_mse ([-1,1] units),
+def measure_reconstruction(vqvae, batches, *weights):
+    """Over batches (B,3,H,W): loss (of these weights, see compute_loss), recon_mse ([-1,1] units),
     recon_psnr (dB; values span 2), codebook_used (share of codes chosen at all) and
     codebook_perplexity (exp of their use's entropy). For a model in eval mode; in training mode its
     codebook would take part."""
@@ -979,7 +1003,7 @@ def measure_reconstruction(vqvae, batches, beta=Config.beta):
     for x in batches:
         x = x.to(vqvae.codebook.weight.device)
         z_e, z_q, recon_x, tokens = vqvae.forward_with_tokens(x)
-        loss += compute_loss(x, recon_x, z_e, z_q, beta).item() * len(x)
+        loss += compute_loss(x, recon_x, z_e, z_q, *weights).item() * len(x)
         mse += F.mse_loss(recon_x, x).item() * len(x)
         n += len(x)
         counts += torch.bincount(tokens.flatten(), minlength=vqvae.n_embeddings)
@@ -1019,7 +1043,9 @@ class Muon(torch.optim.Adam):
                 continue
             grads = torch.stack([p.grad.flatten(1) for p in params])  # (n,rows,columns)
             state = self.state[params[0]]
-            momentum = state.setdefault("momentum", torch.zeros_like(grads)).lerp_(grads, 0.05)
+            if not state:  # Adam's load_state_dict looks for a step
+                state.update(step=torch.tensor(0.0), momentum=torch.zeros_like(grads))
+            momentum = state["momentum"].lerp_(grads, 0.05)
             update = self.orthogonalize(grads.lerp(momentum, 0.95), self.dtype)  # Nesterov's look
             lr = group["lr"] * max(1, grads.shape[1] / grads.shape[2]) ** 0.5
             for p, direction in zip(params, update):
@@ -1047,8 +1073,8 @@ MUON_LR = 0.02  # such an update has all singular values 1, whatever the width
 def parameter_groups(cfg, modules, factors):
     """The optimizer's groups: VQ-VAE, codebook, transformer; under muon the matrices of each, by
     shape. modules: dict of 'vqvae', 'igpt' or both. factors: dict of what multiplies the Config's
-    learning rates of 'vqvae', 'codebook' and 'igpt'. A frozen parameter is in none. -> list of dicts
-    """
+    learning rates of 'vqvae', 'codebook' and 'igpt'. A frozen parameter is in none. -> list of
+    dicts."""
     groups = {}
     for kind, module in modules.items():
         for name, p in module.named_parameters():
@@ -1110,9 +1136,7 @@ class Observer:
     def on_pass(self, trainer, row):
         """After each pass of the training batches; row: a dict of its figures."""
 
-    def progress(self, items, what):
-        """Wraps an iterable that takes a while."""
-        return items
+    progress = staticmethod(quiet)  # wraps an iterable that takes a while
 
 
 class Trainer:
@@ -1192,7 +1216,7 @@ class Trainer:
         if self.scheduler:
             self.scheduler.step()
         self.step += 1
-        self.sums.update({"loss": self.last_loss, "steps": 1, **parts})
+        self.sums.update({"loss": self.last_loss, "steps": 1, **parts})  # a Counter adds up
 
     def to_device(self, batch):
         """A tensor or a tuple of tensors -> the same on the trainer's device."""
@@ -1215,12 +1239,12 @@ class Trainer:
         self.finite(measured["loss"], "loss")  # the last step may have broken the weights
         row = {"phase": self.phase, "epoch": epoch + 1, "step": self.step,
                "lr": self.optimizer.param_groups[0]["lr"]}
-        steps = max(1, self.sums.pop("steps", 0))
-        for name, total in self.sums.items():  # the mean over steps and processes
-            mean = summed(torch.tensor(total / steps, device=self.device)) / processes()[1]
-            row[f"train_{name}"] = mean.item()
-        for name, value in measured.items():
-            row[f"test_{name}"] = value
+        for name, total in self.sums.items():  # of all processes
+            row[f"train_{name}"] = summed(torch.tensor(total, device=self.device)).item()
+        steps = row.pop("train_steps", 1)
+        for name in self.sums.keys() - {"steps"}:
+            row[f"train_{name}"] /= steps
+        row |= {f"test_{name}": value for name, value in measured.items()}
         self.sums.clear()
         self.train_losses.append(row.get("train_loss", math.nan))
         self.test_losses.append(measured["loss"])
@@ -1255,29 +1279,29 @@ class LossModule(nn.Module):
 
 
 class VQVAETrainer(Trainer):
-    """Phase 1: batches are pictures (B,3,H,W) in [-1,1]. cfg: a Config with beta, see compute_loss;
-    options: Trainer's."""
+    """Phase 1: batches are pictures (B,3,H,W) in [-1,1]. cfg: a Config with beta and extremes, see
+    compute_loss; options: Trainer's."""
 
     phase = "vqvae"
 
     def __init__(self, model, optimizer, device, cfg=Config(), **options):
         super().__init__({"vqvae": model}, optimizer, device, **options)
-        self.model, self.beta = model, cfg.beta
+        self.model, self.weights = model, (cfg.beta, cfg.extremes)
 
     def loss(self, batch):
         """compute_loss."""
         z_e, z_q, recon_x = self.model(batch)
-        return compute_loss(batch, recon_x.float(), z_e, z_q, self.beta), {}
+        return compute_loss(batch, recon_x.float(), z_e, z_q, *self.weights), {}
 
     def test(self, test_loader):
         """measure_reconstruction's figures."""
-        return measure_reconstruction(self.model, test_loader, self.beta)
+        return measure_reconstruction(self.model, test_loader, *self.weights)
 
 
 class iGPTTrainer(Trainer):
-    """Phase 2: batches are sequences int64 (B,T), as create_dataset makes them; the last id is PAD.
-    cfg: a Config with caption_weight, see target_weights; options: Trainer's. Raises InputError if
-    sequence_length does not fit the model's context."""
+    """Phase 2: batches are sequences int64 (B,T), see sequence_batches; the last id is PAD. a
+    Config with caption_weight, see target_weights (the test loss weighs all tokens alike); options:
+    Trainer's. Raises InputError if sequence_length does not fit the model's context."""
 
     phase = "igpt"
 
@@ -1304,8 +1328,8 @@ class JointTrainer(Trainer):
 
     L = recon + codebook + beta * commit + lambda * xent. The decoder always gets the encoder's own
     codes. In `single` lambda is 0 at first, while there are no codes worth predicting, then rises.
-    A small lambda does: Adam and Muon learn the transformer as fast, and a large one makes the codes
-    predictable instead of exact.
+    A small lambda does: Adam and Muon learn the transformer as fast, and a large one makes the
+    codes predictable instead of exact.
 
     total: steps of the phase. cfg: a Config with the loss' weights; options: Trainer's.
     """
@@ -1317,7 +1341,7 @@ class JointTrainer(Trainer):
                  **options):
         super().__init__({"vqvae": vqvae, "igpt": igpt}, optimizer, device, **options)
         self.phase, self.vqvae, self.igpt, self.tokenizer = phase, vqvae, igpt, tokenizer
-        self.beta, self.caption_weight = cfg.beta, cfg.caption_weight
+        self.weights, self.caption_weight = (cfg.beta, cfg.extremes), cfg.caption_weight
         self.lambda_xent, self.warmup, self.ramp = cfg.lambda_xent, 0, 1
         if phase == "single":
             self.warmup, self.ramp = int(cfg.lambda_warmup * total), max(1, int(self.RAMP * total))
@@ -1340,7 +1364,7 @@ class JointTrainer(Trainer):
         """The joint loss; while lambda is 0 the transformer is not even run."""
         x, text_ids = batch
         z_e, z_q, recon_x, tokens = self.vqvae.forward_with_tokens(x)
-        loss = compute_loss(x, recon_x.float(), z_e, z_q, self.beta)
+        loss = compute_loss(x, recon_x.float(), z_e, z_q, *self.weights)
         parts = {"vqvae": loss.item(), "lambda": self.lambda_now()}
         if parts["lambda"]:
             xent = self.cross_entropy(self.sequences(tokens, text_ids), z_e)
@@ -1377,7 +1401,7 @@ class JointTrainer(Trainer):
             x, text_ids = self.to_device(batch)
             pictures.append(x)
             rows.append(self.sequences(self.vqvae.get_tokens(x), text_ids))
-        out = measure_reconstruction(self.vqvae, pictures, self.beta)
+        out = measure_reconstruction(self.vqvae, pictures, *self.weights)
         prediction = measure_prediction(self.igpt, rows)
         out["loss"] += self.lambda_now() * prediction["loss"]
         return out | {"nll": prediction["loss"], "accuracy": prediction["accuracy"]}
@@ -1397,6 +1421,7 @@ REGIMES = {
     "igpt": ("igpt",),
     "finetune": ("finetune",),
 }
+WARMUP = 0.05  # share of a phase in which its learning rates rise
 FEW = slice(0, 500)  # test pairs for the figures during training; `eval` takes all
 
 
@@ -1414,6 +1439,7 @@ class Data:
     def __post_init__(self):
         if self.vqvae_train is None:
             self.vqvae_train, self.vqvae_test = self.train_images, self.test_images
+        assert self.train_images.dtype == self.vqvae_train.dtype == np.uint8, "0..255, see to_uint8"
 
 
 @dataclass
@@ -1422,6 +1448,11 @@ class Models:
     vqvae: VQVAE = None
     igpt: iGPT = None
     tokenizer: Tokenizer = None
+
+    def check_size(self, images):
+        """Raises InputError unless pictures uint8 (M,H,W,3) are as large as the VQ-VAE's."""
+        if self.vqvae and images.shape[1:3] != self.vqvae.size:
+            raise InputError(f"the model knows {self.vqvae.size} pictures, not {images.shape[1:3]}")
 
 
 def build_vqvae(cfg, images, ema=0.0):
@@ -1460,7 +1491,7 @@ def phase_models(phase, cfg, data, models, device):
 
 
 def phase_length(cfg, phase, n_rows):
-    """-> steps a pass, passes. A length in steps makes about ten passes, the last one whole."""
+    """-> steps a pass, passes. A length in steps is rounded up to about ten whole passes."""
     steps, epochs = getattr(cfg, f"{phase}_steps"), getattr(cfg, f"{phase}_epochs")
     if steps:
         per_pass = math.ceil(steps / 10)
@@ -1469,29 +1500,38 @@ def phase_length(cfg, phase, n_rows):
     return math.ceil(n_rows / batch_size), epochs
 
 
-def phase_batches(phase, cfg, data, models, per_pass, n_rows, progress):
-    """-> training batches and test batches of a phase that will see n_rows rows."""
-    train = dict(batch_size=cfg.vqvae_batch_size, seed=cfg.seed, per_pass=per_pass)
-    if phase == "vqvae":
-        return picture_batches(data.vqvae_train, **train), picture_batches(data.vqvae_test[FEW], 125)
-    images, test_images = data.train_images, data.test_images[FEW]
-    ids = models.tokenizer.encode_batch(data.train_captions)
-    test_ids = models.tokenizer.encode_batch(data.test_captions[FEW])
-    if phase != "igpt":
-        return (picture_batches(images, text_ids=ids, **train),
-                picture_batches(test_images, 125, test_ids))
-    vqvae, rest = models.vqvae.eval(), (models.tokenizer, models.igpt.orders)
-    # As often the pictures as they are as augmented: enough against learning a few thousand shapes
-    # by heart, and not so much that the model draws what augmentation made. What no step would come
-    # to use is not extracted
+def igpt_tokens(cfg, images, n_rows, vqvae, progress):
+    """Pictures (M,H,W,3), of which phase 2 will see n_rows -> their tokens (C*M,N), C copies.
+
+    As often the pictures as they are as augmented: enough against learning a few thousand shapes by
+    heart, and not so much that the model draws what augmentation made. What no step would come to
+    use is not extracted.
+    """
     copies = min(cfg.copies, math.ceil(n_rows / (2 * len(images))))
     tokens = [extract_tokens(vqvae, images, None, progress)] * max(1, copies)
     torch.manual_seed(cfg.seed)
     for _ in range(copies):
         tokens.append(extract_tokens(vqvae, images, random_affine, progress))
-    train["batch_size"] = cfg.igpt_batch_size
-    return (sequence_batches(torch.cat(tokens), ids, *rest, **train),
-            sequence_batches(extract_tokens(vqvae, test_images), test_ids, *rest, 125))
+    return torch.cat(tokens)
+
+
+def phase_batches(phase, cfg, data, models, per_pass, passes, progress):
+    """-> training batches and test batches of a phase."""
+    train = dict(seed=cfg.seed, per_pass=per_pass)
+    if phase == "vqvae":
+        return (picture_batches(data.vqvae_train, cfg.vqvae_batch_size, **train),
+                picture_batches(data.vqvae_test[FEW], 125))
+    images, test_images, tokenizer = data.train_images, data.test_images[FEW], models.tokenizer
+    ids = tokenizer.encode_batch(data.train_captions)
+    test_ids = tokenizer.encode_batch(data.test_captions[FEW])
+    if phase != "igpt":
+        return (picture_batches(images, cfg.vqvae_batch_size, ids, **train),
+                picture_batches(test_images, 125, test_ids))
+    vqvae, orders, size = models.vqvae.eval(), models.igpt.orders, cfg.igpt_batch_size
+    tokens = igpt_tokens(cfg, images, per_pass * passes * size, vqvae, progress)
+    test_tokens = extract_tokens(vqvae, test_images)
+    return (sequence_batches(tokens, ids, tokenizer, orders, size, **train),
+            sequence_batches(test_tokens, test_ids, tokenizer, orders, 125))
 
 
 def use_bf16(precision, device):
@@ -1506,41 +1546,40 @@ def use_bf16(precision, device):
 def train_phase(phase, cfg, data, models, device, observer=Observer()):
     """Train one phase -> Models in eval mode. models: what the phases before have left."""
     models = phase_models(phase, cfg, data, models, device)
-    modules = {}
-    if phase != "igpt":
-        modules["vqvae"] = models.vqvae
-    if phase != "vqvae":
-        modules["igpt"] = models.igpt
-    per_pass, passes = phase_length(cfg, phase, len(data.train_images))
-    batch_size = cfg.igpt_batch_size if phase == "igpt" else cfg.vqvae_batch_size
-    batches = phase_batches(phase, cfg, data, models, per_pass, per_pass * passes * batch_size,
-                            observer.progress)
-    factors = {"single": {"codebook": cfg.codebook_lr}, "finetune": {
-        "vqvae": cfg.finetune_lr, "codebook": cfg.finetune_lr * cfg.codebook_lr,
-        "igpt": cfg.finetune_igpt_lr}}
-    bf16 = use_bf16(cfg.precision, device)
-    optimizer = make_optimizer(cfg, modules, factors.get(phase, {}), bf16)
-    scheduler = create_cosine_scheduler(optimizer, int(0.05 * per_pass * passes), per_pass * passes)
-    options = dict(optimizer=optimizer, device=device, cfg=cfg, scheduler=scheduler, seed=cfg.seed,
-                   bf16=bf16, observer=observer)
-    if phase == "vqvae":
-        trainer = VQVAETrainer(models.vqvae, **options)
-    elif phase == "igpt":
-        trainer = iGPTTrainer(models.igpt, vocab_size=models.igpt.vocab_size,
-                              sequence_length=models.igpt.context_length, **options)
+    vqvae, igpt = models.vqvae, models.igpt
+    modules, factors = {"vqvae": vqvae, "igpt": igpt}, {}  # of the Config's learning rates
+    if phase in modules:
+        modules = {phase: modules[phase]}
+    elif phase == "single":
+        factors = {"codebook": cfg.codebook_lr}
     else:
-        trainer = JointTrainer(phase, models.vqvae, models.igpt, models.tokenizer,
-                               total=per_pass * passes, **options)
-    observer.on_start(trainer, per_pass * passes)
+        factors = {"vqvae": cfg.finetune_lr, "codebook": cfg.finetune_lr * cfg.codebook_lr,
+                   "igpt": cfg.finetune_igpt_lr}
+    pictures = data.vqvae_train if phase == "vqvae" else data.train_images
+    per_pass, passes = phase_length(cfg, phase, len(pictures))
+    batches = phase_batches(phase, cfg, data, models, per_pass, passes, observer.progress)
+    total, bf16 = per_pass * passes, use_bf16(cfg.precision, device)
+    optimizer = make_optimizer(cfg, modules, factors, bf16)
+    options = dict(
+        optimizer=optimizer, device=device, cfg=cfg, seed=cfg.seed, bf16=bf16, observer=observer,
+        scheduler=create_cosine_scheduler(optimizer, int(WARMUP * total), total))
+    if phase == "vqvae":
+        trainer = VQVAETrainer(vqvae, **options)
+    elif phase == "igpt":
+        trainer = iGPTTrainer(igpt, vocab_size=igpt.vocab_size,
+                              sequence_length=igpt.context_length, **options)
+    else:
+        trainer = JointTrainer(phase, vqvae, igpt, models.tokenizer, total=total, **options)
+    observer.on_start(trainer, total)
     trainer.train(*batches, passes)
     trainer.modules.eval()
     return models
 
 
-def train_regime(regime, cfg, data, device="cpu", observer=Observer()):
-    """Train one of REGIMES as a Config says, on Data -> Models. Nothing is written to disk: Part
-    II's train_run does this with progress, checkpoints and resume."""
-    models = Models()
+def train_regime(regime, cfg, data, models=Models(), device="cpu", observer=Observer()):
+    """Train one of REGIMES as a Config says, on Data -> Models. models: for a phase alone, what the
+    phases before it have left. Nothing is written to disk, and nothing is said: Part II's train_run
+    does this with progress, checkpoints and resume."""
     for phase in REGIMES[regime]:
         if math.prod(phase_length(cfg, phase, 1)):  # a fine-tuning of no epochs is skipped
             models = train_phase(phase, cfg, data, models, torch.device(device), observer)
@@ -1791,9 +1830,12 @@ def likelihoods(model, tokenizer, tokens, captions, n_first=None):
 
 def compare_captions(found, wanted):
     """Two lists of captions -> share wholly alike, share of the wanted words found in place."""
-    pairs = [(a.split(), b.split()) for a, b in zip(found, wanted)]
-    right = sum(sum(map(str.__eq__, a, b)) for a, b in pairs)
-    return sum(a == b for a, b in pairs) / len(pairs), right / sum(len(b) for _, b in pairs)
+    alike = sum(map(str.__eq__, found, wanted)) / len(wanted)
+    right = total = 0
+    for a, b in zip(found, wanted):
+        right += sum(map(str.__eq__, a.split(), b.split()))
+        total += len(b.split())
+    return alike, right / total
 
 
 @torch.no_grad()
@@ -1804,30 +1846,34 @@ def evaluate(vqvae, igpt, tokenizer, images, captions, how, seed=0, progress=qui
     del out["loss"]
     device, sums, texts = igpt.norm.weight.device, defaultdict(float), defaultdict(list)
     generator = torch.Generator(device).manual_seed(seed)
-    rest = igpt, tokenizer, math.prod(vqvae.grid)
-    reader = Sampler(*rest, dataclasses.replace(how, greedy=True))
-    painters = {"round_trip_exact": Sampler(*rest, how, generator), "round_trip_unguided":
-                Sampler(*rest, dataclasses.replace(how, guidance=0.0), generator)}
+
+    def sampler(**changes):
+        config = dataclasses.replace(how, **changes)
+        return Sampler(igpt, tokenizer, math.prod(vqvae.grid), config, generator)
+
+    reader = sampler(greedy=True)
     for start in progress(range(0, len(images), 250), "evaluating"):
         wanted = captions[start : start + 250]
         tokens = extract_tokens(vqvae, images[start : start + 250]).to(device)
         for order in igpt.orders:
             sums[order] += span_sums(igpt, tokenizer, tokens, wanted, order).double().sum(2)
         if igpt.causal:  # a parallel predictor does not read
-            texts["caption_exact"] += reader.captions(tokens)
-            for name, painter in painters.items():
+            texts["caption"] += reader.captions(tokens)
+            for name, guidance in ("round_trip", how.guidance), ("unguided", 0.0):
                 # Through pixels: what we read is what a person would be shown
-                made = decode_pictures(vqvae, painter.images(wanted))
+                made = decode_pictures(vqvae, sampler(guidance=guidance).images(wanted))
                 texts[name] += reader.captions(extract_tokens(vqvae, made))
-    if "text_image" in sums:
-        out["code_accuracy"] = (sums["text_image"][0, 1] / sums["text_image"][0, 2]).item()
-    for order, i, name in (("text_image", 0, "text_to_image"), ("image_text", 1, "image_to_text"),
-                           ("image_text", 0, "image"), ("text_image", 1, "text")):
-        if order in sums and igpt.causal:
-            out[f"nll_{name}"] = (sums[order][i, 0] / sums[order][i, 2]).item()
-    for name, found in texts.items():
-        out[name], slots = compare_captions(found, captions)
-        out.setdefault("caption_slot_accuracy", slots)  # of the real pictures, which come first
+    for order, names in (("text_image", ("text_to_image", "text")),
+                         ("image_text", ("image", "image_to_text"))):
+        for name, (nats, hits, n) in zip(names, sums[order].tolist() if order in sums else ()):
+            out[f"nll_{name}"] = nats / n
+            if name == "text_to_image":
+                out["code_accuracy"] = hits / n
+    if texts:
+        out["caption_exact"], out["caption_slot_accuracy"] = compare_captions(
+            texts["caption"], captions)
+        out["round_trip_exact"], _ = compare_captions(texts["round_trip"], captions)
+        out["round_trip_unguided"], _ = compare_captions(texts["unguided"], captions)
     return out
 
 
@@ -1908,7 +1954,7 @@ def write_style(style, n, rng):
         p[:, [0, -1]] += early * (p[:, [0, -1]] - p[:, [2, -3]])
         for _ in range(3):
             a, b = p[:, :-1], p[:, 1:]
-            p = np.stack([3 * a + b, a + 3 * b], 2).reshape(n, -1, 2) / 4
+            p = np.stack([3 * a + b, a + 3 * b], 2).reshape(n, 2 * a.shape[1], 2) / 4
         dots.append((p[:, 1:] + p[:, :-1]) / 2)
         length.append(np.linalg.norm(np.diff(p, axis=1), axis=2))
     return np.concatenate(dots, 1), np.concatenate(length, 1)
@@ -1949,7 +1995,7 @@ def ink_dots(xy, length, pen, size, rng):
 
 
 def draw_digits(labels, size, rng):
-    """labels (M,) in 0..9, side in pixels, NumPy Generator -> ink (M,size,size) uint8, 255 = ink."""
+    """labels (M,) in 0..9, side in pixels, Generator -> ink (M,size,size) uint8, 255 is ink."""
     ink, hand = np.empty((len(labels), size, size), np.uint8), rng.random(len(labels))
     for digit, table in enumerate(STROKES):
         styles = table.split(";")
@@ -1966,7 +2012,6 @@ DIGITS = "zero one two three four five six seven eight nine".split()
 # The embedded set's palette: hue (in [0,1) round the colour wheel) by shade (saturation, value)
 HUES = dict(red=0, orange=.075, yellow=.16, green=.34, cyan=.5, blue=.63, purple=.77, pink=.9)
 SHADES = dict(light=(0.38, 1.0), plain=(1.0, 0.95), dark=(1.0, 0.5))
-N_DRAWN = 60_000, 2_000  # pairs for training and for the test that are drawn unless asked otherwise
 
 
 def palette():
@@ -2314,7 +2359,10 @@ def load_igpt(path, vqvae, device="cpu", any_codes=False):
                               content["caption_length"])
         if "code_in.weight" not in content["model"]:
             codebook = None
-        return rebuild(content, codebook=codebook).to(device), tokenizer
+        igpt = rebuild(content, codebook=codebook)
+        if tokenizer.vocab_size != igpt.vocab_size:
+            raise InputError("its vocabulary is damaged")
+        return igpt.to(device), tokenizer
 
 
 def ppm_bytes(image):
@@ -2346,20 +2394,22 @@ def read_pictures(path):
             images = np.load(path, allow_pickle=False)
         images = images[None] if images.ndim == 3 else images
         if images.dtype != np.uint8 or images.shape[3:] != (3,) or not images.size:
-            raise InputError(f"want uint8 (H,W,3) or (N,H,W,3), found {images.dtype} {images.shape}")
+            raise InputError(f"want uint8 (H,W,3) or (N,H,W,3), found {images.dtype} "
+                             f"{images.shape}")
         return images.copy()
 
 
 def picture_grid(images, scale=2, together=1):
     """uint8 (N,H,W,3) -> one about square picture, each enlarged `scale` times, on grey. together:
     so many neighbours, the samples of one prompt, are not torn apart by the end of a row."""
-    tiles = np.pad(images.repeat(scale, 1).repeat(scale, 2), ((0, 0), (1, 1), (1, 1), (0, 0)),
-                   constant_values=128)
-    columns = together * math.ceil(math.sqrt(len(images)) / together)
-    missing = -len(tiles) % columns
-    tiles = np.concatenate([tiles, np.full_like(tiles[:1], 128).repeat(missing, 0)])
-    rows = [np.concatenate(list(row), 1) for row in np.split(tiles, len(tiles) // columns)]
-    return np.concatenate(rows)
+    N, H, W, _ = images.shape
+    columns = together * math.ceil(math.sqrt(N) / together)
+    h, w = H * scale + 2, W * scale + 2  # of a tile
+    canvas = np.full((math.ceil(N / columns) * h, columns * w, 3), 128, np.uint8)
+    for i, image in enumerate(images):
+        top, left = i // columns * h + 1, i % columns * w + 1
+        canvas[top : top + h - 2, left : left + w - 2] = image.repeat(scale, 0).repeat(scale, 1)
+    return canvas
 
 
 def sample_paths(prefix):
@@ -2385,13 +2435,12 @@ def show_in_terminal(images, captions):
     column = max(images.shape[2], *map(len, captions)) + 2
     per_row = max(1, shutil.get_terminal_size((100, 24)).columns // column)
     for start in range(0, len(images), per_row):
-        row = images[start : start + per_row]
-        for upper, lower in zip(row[:, ::2].swapaxes(0, 1), row[:, 1::2].swapaxes(0, 1)):
-            line = ""  # upper, lower (pictures,W,3): two lines of pixels of all pictures
-            for pair in np.concatenate([upper, lower], 2):
-                for colors in pair.tolist():
-                    line += "\x1b[38;2;%d;%d;%dm\x1b[48;2;%d;%d;%dm▀" % tuple(colors)
-                line += "\x1b[0m" + " " * (column - len(pair))
+        for y in range(0, images.shape[1], 2):
+            line = ""
+            for image in images[start : start + per_row]:
+                for upper, lower in zip(image[y].tolist(), image[y + 1].tolist()):
+                    line += "\x1b[38;2;%d;%d;%dm\x1b[48;2;%d;%d;%dm▀" % (*upper, *lower)
+                line += "\x1b[0m" + " " * (column - image.shape[1])
             print(line)
         print("".join(text.ljust(column) for text in captions[start : start + per_row]) + "\n")
 
@@ -2446,27 +2495,24 @@ class Run(Observer):
 
         Raises InputError if there is a run and neither flag was given, or its settings are others.
         """
-        phases = REGIMES[self.settings["regime"]]
-        there = [name for phase in phases for name in MAKES[phase] if (self.folder / name).exists()]
-        if not self.state_path.exists():
-            if there and not overwrite:
-                raise InputError(f"{self.folder} holds a model that this would replace: "
-                                 "--overwrite it, or choose another --run")
-            return True
-        state = load_checkpoint(self.state_path, "state")
-        with reading(self.state_path, "state"):
-            if resume:
-                unlike = [f"{key} is {value}, the run's is {state['settings'].get(key)}"
-                          for key, value in self.settings.items()
-                          if value != state["settings"].get(key)]
+        state = {"settings": None, "done": [], "rows": [], "complete": True}
+        if self.state_path.exists():
+            state = load_checkpoint(self.state_path, "state")
+        phases, theirs = REGIMES[self.settings["regime"]], state["settings"]
+        with reading(self.folder, "run"):
+            if resume and theirs:
+                unlike = [f"{key} is {value}, the run's is {theirs.get(key)}"
+                          for key, value in self.settings.items() if value != theirs.get(key)]
                 if unlike:
                     raise InputError(f"cannot resume, {'; '.join(unlike)}: repeat flags and data")
                 self.done, self.rows = state["done"], state["rows"]
                 self.trainer_state = state["trainer"]
                 return not state["complete"]
-            again = there or not state["complete"] or set(phases) & set(state["done"])
-            if again and not overwrite:
-                raise InputError("holds a run: --resume it, --overwrite it, or choose another --run")
+            names = itertools.chain(*(MAKES[phase] for phase in phases))
+            taken = any((self.folder / name).exists() for name in names)
+            if not overwrite and (taken or not state["complete"] or set(phases) & {*state["done"]}):
+                raise InputError("holds a run that this would replace: --resume it, --overwrite "
+                                 "it, or choose another --run")
             # A run may be made one phase at a time: what came before is left, the rest is stale
             before = FOLLOWS.get(phases[0], ())
             self.done = [phase for phase in state["done"] if phase in before]
@@ -2629,14 +2675,11 @@ def report_codebook(vqvae, images, path):
     atomic_write(path, ppm_bytes(picture_grid(pairs.reshape(-1, *some.shape[1:]), together=2)))
 
 
-def load_models(folder, device, size=None, phase="finetune", any_codes=False):
-    """What is in a run directory that a phase goes on from -> Models. size: (H, W) of the pictures.
-    any_codes: see load_igpt. Raises InputError if one is missing or the size is not the model's."""
+def load_models(folder, device, phase="finetune", any_codes=False):
+    """What is in a run directory that a phase goes on from -> Models. any_codes: see load_igpt."""
     if phase not in FOLLOWS:
         return Models()
     vqvae = load_vqvae(folder / VQVAE_FILE, device)
-    if size not in (None, vqvae.size):
-        raise InputError(f"the model knows {vqvae.size} pictures, not {size}")
     if phase == "igpt":
         return Models(vqvae)
     return Models(vqvae, *load_igpt(folder / IGPT_FILE, vqvae, device, any_codes))
@@ -2645,7 +2688,7 @@ def load_models(folder, device, size=None, phase="finetune", any_codes=False):
 def train_run(folder, regime, cfg, data, device, resume=False, overwrite=False, finish=None):
     """Train the phases of a regime into a run directory -> Models, or None if the run was complete
     already. finish(models) is called before the run counts as complete."""
-    run, models, size = Run(Path(folder), regime, cfg, data), None, data.train_images.shape[1:3]
+    run, models = Run(Path(folder), regime, cfg, data), None
     phases = [phase for phase in REGIMES[regime] if math.prod(phase_length(cfg, phase, 1))]
     if set(REGIMES[regime]) - {"finetune"} - set(phases):
         raise InputError(f"--phase {regime} with a length of 0: only finetune can be skipped")
@@ -2663,7 +2706,8 @@ def train_run(folder, regime, cfg, data, device, resume=False, overwrite=False, 
             started = time.monotonic()
             if models is None:  # a kill while both were written can leave a pair that does not fit;
                 any_codes = run.trainer_state is not None  # the state then replaces their weights
-                models = load_models(run.folder, device, size, phase, any_codes)
+                models = load_models(run.folder, device, phase, any_codes)
+                models.check_size(data.train_images)
             models = train_phase(phase, cfg, data, models, device, run)
             if phase != "igpt":
                 save_vqvae(run.folder / VQVAE_FILE, models.vqvae)
@@ -2677,7 +2721,7 @@ def train_run(folder, regime, cfg, data, device, resume=False, overwrite=False, 
             log(f"{phase}: {run.total} steps in {time.monotonic() - started:.0f} s")
             run.stop_if_asked()
     if models is None:  # all that was left to do is to finish
-        models = load_models(run.folder, device, size, "igpt" if regime == "vqvae" else "finetune")
+        models = load_models(run.folder, device, "igpt" if regime == "vqvae" else "finetune")
     if finish:
         finish(models)
     run.save(complete=True)
@@ -2786,8 +2830,10 @@ def build_parser():
         p = commands.add_parser(name, help=function.__doc__, description=function.__doc__,
                                 allow_abbrev=False)
         for f in itertools.chain(*map(dataclasses.fields, kinds)):
-            values = {"default": f.default, **f.metadata["presets"]}
-            values = "; ".join(f"{k}: {v}" for k, v in values.items() if v is not None and k != "tiny")
+            text = f.metadata["help"]
+            if f.default is not None:
+                text += f" (default: {f.default}"
+                text += "".join(f"; {k}: {v}" for k, v in f.metadata["presets"].items()) + ")"
             flag = f.name.replace("_", "-") if len(f.name) > 1 else f.name
             kind = dict(type=f.type, choices=f.metadata["choices"] or None)
             if f.type is bool:
@@ -2795,7 +2841,7 @@ def build_parser():
             elif f.type is list:
                 kind = dict(action="append")
             p.add_argument("--" + flag if len(flag) > 1 else "-" + flag, default=argparse.SUPPRESS,
-                           help=f"{f.metadata['help']} ({values})".replace("%", "%%"), **kind)
+                           help=text.replace("%", "%%"), **kind)
     return parser
 
 
@@ -2810,7 +2856,7 @@ def write_drawn(options):
     log(f"wrote {options.train} + {options.test} pairs to {path}")
 
 
-def command_train(place, options, cfg):
+def command_train(place, options, flags):
     """Train a regime or a single phase."""
     if options.resume and options.overwrite:
         raise InputError("--resume is not allowed with --overwrite")
@@ -2821,12 +2867,7 @@ def command_train(place, options, cfg):
     if name == "auto":
         name = "laptop" if device.type == "cpu" else "full"
         log(f"preset {name} (device {device.type})")
-    settings = {f.name: f.metadata["presets"][name] for f in dataclasses.fields(Config)
-                if name in f.metadata["presets"]}
-    for key in cfg:
-        if key.endswith("_epochs"):  # replaces the preset's length in steps
-            settings[key.replace("_epochs", "_steps")] = 0
-    cfg = Config(**{**settings, **cfg})
+    cfg = Config.preset(name, **flags)
     if place.data == RunOptions.data and not any((place.data / name).exists() for name in SOURCES):
         log(f"no data in {place.data}: drawing the embedded set")
         write_drawn(DataOptions(place.data))
@@ -2914,7 +2955,7 @@ def command_sample(place, options, how):
     for path in sample_paths(out):
         if path.resolve() in read:
             raise InputError(f"--out {out} would write over {path}, which was given to read")
-    prompts = options.prompt or []
+    models, prompts = load_models(place.run, place.pick_device()), options.prompt or []
     if options.prompts:
         prompts = prompts + read_captions(options.prompts)
     if options.image:
@@ -2922,11 +2963,11 @@ def command_sample(place, options, how):
     elif not prompts and mode != "unconditional":
         data = load_data(place.data, place.value_range)
         prompts = (data.test_captions if mode == "text" else data.test_images)[:9]
-    size = prompts.shape[1:3] if mode == "image" else None
-    models = load_models(place.run, place.pick_device(), size)
+    if mode == "image":
+        models.check_size(prompts)
     if options.complete >= models.vqvae.grid[0]:
-        raise InputError(f"--complete {options.complete}: pictures have {models.vqvae.grid[0]} rows "
-                         "of tokens")
+        raise InputError(f"--complete {options.complete}: pictures have {models.vqvae.grid[0]} "
+                         "rows of tokens")
     options.n = options.n or (9 if mode == "unconditional" else 1)
     images, captions = make_samples(options, models, how, prompts)
     path = save_samples(out, images, captions, 1 if mode == "unconditional" else options.n)
@@ -2953,7 +2994,8 @@ def command_score(place, options):
     M = max(len(images), len(captions))
     if not {len(images), len(captions)} <= {1, M}:
         raise InputError(f"{len(captions)} captions for {len(images)} pictures")
-    models = load_models(place.run, place.pick_device(), images.shape[1:3])
+    models = load_models(place.run, place.pick_device())
+    models.check_size(images)
     tokens = extract_tokens(models.vqvae, images).to(models.igpt.norm.weight.device).expand(M, -1)
     captions = captions * (M // len(captions))
     *nats, n, words = likelihoods(models.igpt, models.tokenizer, tokens, captions)  # (M,) each
@@ -2966,8 +3008,9 @@ def command_score(place, options):
 
 def command_eval(place, options, how):
     """Measure both models over the test split."""
-    data = load_data(place.data, place.value_range)
-    models = load_models(place.run, place.pick_device(), data.test_images.shape[1:3])
+    models, data = load_models(place.run, place.pick_device()), load_data(place.data,
+                                                                          place.value_range)
+    models.check_size(data.test_images)
     log(f"measuring over {len(data.test_images)} test pairs ...")
     figures = evaluate(models.vqvae, models.igpt, models.tokenizer, data.test_images,
                        data.test_captions, how, options.seed, show_progress)
