@@ -12,7 +12,7 @@ test: $(VENV)/installed
 
 # Times mmgen against plain code
 bench: $(VENV)/installed
-	$(VENV)/bin/python test_mmgen.py bench
+	$(VENV)/bin/python test_mmgen.py
 
 # Ten thousand damaged files; FUZZ_SEED=N tries others
 fuzz: $(VENV)/installed

@@ -1920,3 +1920,150 @@ def test_importing_does_nothing():
               "assert (before == torch.get_rng_state()).all()"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert result.returncode == 0 and result.stdout == "" and result.stderr == ""
+
+
+# --- bench: `make bench` times mmgen against plain code and against the machine --------------------
+#
+# Absolute times say more about the machine than about the code, so every row is a ratio of two
+# things timed in the same rounds: mmgen's way and the plain way, or mmgen and the machine's limit.
+
+
+def timed_in_turn(*functions, rounds=5):
+    """Median seconds of each function; they take turns, so a slow moment hits all alike."""
+    seconds = [[] for _ in functions]
+    for i in range(rounds + 1):
+        for f, out in zip(functions, seconds):
+            start = time.perf_counter()
+            f()
+            if i or rounds == 1:  # the first round warms caches up
+                out.append(time.perf_counter() - start)
+    return [float(np.median(s)) for s in seconds]
+
+
+class DistanceTensor(VectorQuantizer):
+    """The notes' quantizer: every difference of a feature and a code is written to memory."""
+
+    def nearest(self, flat):
+        return (flat[:, None] - self.weight[None]).square().sum(-1).argmin(1)
+
+
+class PlainBlock(mmgen.Block):
+    """A textbook block: scores, mask and softmax spelled out in float32."""
+
+    def forward(self, x, *context):
+        B, T, d = x.shape
+        layer = self.attention
+        qkv = layer.qkv(self.norm1(x)).view(B, T, 3, layer.n_heads, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B,heads,T,head_dim) each
+        scores = q @ k.mT / math.sqrt(q.shape[-1])  # (B,heads,T,T)
+        future = torch.ones(T, T, dtype=torch.bool).triu(1)
+        weights = self.dropout(scores.masked_fill(future, -math.inf).softmax(-1))
+        x = x + self.dropout(layer.out((weights @ v).transpose(1, 2).reshape(B, T, d)))
+        return x + self.dropout(self.mlp(self.norm2(x)))
+
+
+def training_steps(pairs, batch):
+    """[(model, its trainer's class and arguments)] -> functions that make one training step each:
+    ours, in the precision that `train` would choose, and the other, in float32."""
+    steps = []
+    for i, (model, trainer_class, *options) in enumerate(pairs):
+        bf16 = i == 0 and mmgen.use_bf16("auto", torch.device("cpu"))
+        optimizer = torch.optim.Adam(model.parameters(), fused=True)
+        trainer = trainer_class(model.train(), optimizer, "cpu", *options, bf16=bf16)
+        steps.append(functools.partial(trainer.train_step, batch))
+    return steps
+
+
+def bench_quantizer():
+    """6272 features of length 256, forward and backward."""
+    z = torch.randn(128, 7, 7, 256).movedim(-1, 1).requires_grad_()  # laid out as the encoder's
+
+    def both_ways(quantizer):
+        z_q, _ = quantizer(z)
+        (F.mse_loss(z_q, z.detach()) + F.mse_loss(z, z_q.detach())).backward()
+
+    ours, large, plain = yield [functools.partial(both_ways, q.eval()) for q in (
+        VectorQuantizer(128, 256), VectorQuantizer(1024, 256), DistanceTensor(128, 256))]
+    yield [("quantizer, K 128, both ways", ours, plain, "(N,K,D) tensor"),
+           ("quantizer, K 1024, both ways", large, ours, "K 128")]
+
+
+def bench_vqvae():
+    """Training steps and token extraction of the notes' VQ-VAE, batch 128."""
+    x, vqvae, plain_vqvae = torch.rand(128, 3, 28, 28) * 2 - 1, VQVAE(), VQVAE()
+    plain_vqvae.codebook = DistanceTensor(128, 256)
+    images = mmgen.denormalize(x)
+    encode = torch.no_grad()(lambda: vqvae.encoder(x))
+    steps = training_steps([(vqvae, VQVAETrainer), (plain_vqvae, VQVAETrainer)], x)
+    ours, plain, extract, encoded = yield [
+        *steps, lambda: mmgen.extract_tokens(vqvae, images), encode]
+    yield [("VQ-VAE step, dim 256, batch 128", ours, plain, "(N,K,D) tensor"),
+           ("token extraction", extract, encoded, "encoder's forward pass")]
+
+
+def bench_igpt():
+    """Training steps of the notes' iGPT, batch 128, V 165, 57 tokens."""
+    igpt, plain = iGPT(165, 58), iGPT(165, 58)
+    plain.blocks = torch.nn.ModuleList(PlainBlock(128, 4, 0.1) for _ in range(4))
+    ours, other = yield training_steps([(m, iGPTTrainer, 165, 58) for m in (igpt, plain)],
+                                       torch.randint(165, (128, 58)))
+    yield [("iGPT step, batch 128", ours, other, "plain block, float32")]
+
+
+def bench_sampling():
+    """64 pictures of 49 tokens after 9 of prompt."""
+    tokenizer, how = Tokenizer(["a b c d e f"], 128), SamplingConfig(guidance=0)
+    igpt = iGPT(tokenizer.vocab_size, 58).eval()
+    prompts = mmgen.text_prompt(tokenizer, "a b c d e f").expand(64, -1)
+    nothing = prompts[:, :2]
+    span = tokenizer.image_span
+    cached = functools.partial(mmgen.generate, igpt, prompts, 49, span, how)
+    guided = functools.partial(mmgen.generate, igpt, prompts, 49, span, SamplingConfig(),
+                               None, nothing)
+
+    @torch.no_grad()
+    def uncached():
+        row = prompts
+        for _ in range(49):
+            row = torch.cat([row, mmgen.sample_token(igpt(row)[:, -1, :128], how)[:, None]], 1)
+
+    ours, with_guidance, plain = yield [cached, guided, uncached]
+    yield [("sampling 64 pictures", ours, plain, "no cache"),
+           ("the same, guided", with_guidance, ours, "unguided")]
+
+
+def bench_start():
+    """`mmgen.py --help` in a fresh process."""
+    run = functools.partial(subprocess.run, check=True, stdout=subprocess.DEVNULL)
+    help_, torch_ = yield [lambda: run([sys.executable, str(MMGEN), "--help"]),
+                           lambda: run([sys.executable, "-c", "import torch"])]
+    yield [("mmgen.py --help", help_, torch_, "import torch")]
+
+
+def bench(rounds=5):
+    """Rows (what, seconds of ours, of the other, what the other is), one by one."""
+    torch.manual_seed(0)
+    for part in (bench_quantizer, bench_vqvae, bench_igpt, bench_sampling, bench_start):
+        steps = part()  # a generator: first what is to be timed, then, given the seconds, the rows
+        yield from steps.send(timed_in_turn(*next(steps), rounds=rounds))
+
+
+def test_bench_has_its_rows():
+    """One round in place of several: whether the rows are there and the large ratios large."""
+    ratios = {}
+    for what, ours, other, against in bench(rounds=1):
+        assert ours > 0 and other > 0
+        ratios[what, against] = other / ours
+    assert len(ratios) == 8
+    assert ratios["quantizer, K 128, both ways", "(N,K,D) tensor"] > 4
+    assert ratios["sampling 64 pictures", "no cache"] > 2
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(os.cpu_count())
+    bf16 = mmgen.use_bf16("auto", torch.device("cpu"))
+    print(f"mmgen's training steps in {'bfloat16' if bf16 else 'float32'}, all else in float32")
+    print(f"{'what':34}{'mmgen':>10}{'other':>10}{'ratio':>8}  other")
+    for what, ours, other, against in bench():
+        print(f"{what:34}{1e3 * ours:7.1f} ms{1e3 * other:7.1f} ms{other / ours:7.2f}x  {against}",
+              flush=True)
