@@ -47,7 +47,10 @@ Symbols of the shape comments:
     N  = h*w, tokens a picture    K  codes in the codebook        D  length of a code vector
     T  tokens in a sequence       L  words in the longest caption    d  width of the transformer
     V  vocabulary = K codes, then the sorted caption words, then the four specials
-    M  rows of a data set         z_e  encoder output    z_q  the nearest code vectors    sg  detach
+    M  rows of a data set         S  tokens that a span may hold    C  channels, or copies of a set
+    z_e  encoder output           z_q  the nearest code vectors     sg  stop gradient: detach
+A mark is one of the specials EOT, EOI and BOS, which say what comes next in a sequence. A phase is
+one training of one or both models; a regime is a list of phases.
 
 Where this departs from the notes, and why:
   * Their codebook never learns: both VQ terms detach z_q. Ours is mean((z_q - sg[z_e])^2), van den
@@ -857,9 +860,10 @@ class ParallelPredictor(iGPT):
 
     def predict(self, prompts, n_tokens):
         """Prompts BOS EOI TEXT EOT (B,T), all of one length -> logits (B,N,K)."""
-        blank = prompts.new_zeros(len(prompts), n_tokens - 1)
-        logits = self(torch.cat([prompts, blank], 1))  # the EOT's position predicts the first token
-        return logits[:, prompts.shape[1] - 1 :, : self.n_embeddings]
+        T = prompts.shape[1]
+        rows = F.pad(prompts, (0, self.context_length - 1 - T), value=self.vocab_size - 1)
+        # As in training: blanks to the row's end, and the EOT's position predicts the first token
+        return self(rows)[:, T - 1 : T - 1 + n_tokens, : self.n_embeddings]
 
 
 # --- Sequences: pairs to rows of tokens. Every prompt for sampling is the start of such a row -----
@@ -1439,7 +1443,8 @@ class Data:
     def __post_init__(self):
         if self.vqvae_train is None:
             self.vqvae_train, self.vqvae_test = self.train_images, self.test_images
-        assert self.train_images.dtype == self.vqvae_train.dtype == np.uint8, "0..255, see to_uint8"
+        assert self.train_images.dtype == self.vqvae_train.dtype == np.uint8, "want 0..255"
+        assert len(self.train_captions) in (0, len(self.train_images)), "a caption a picture"
 
 
 @dataclass
@@ -1503,9 +1508,9 @@ def phase_length(cfg, phase, n_rows):
 def igpt_tokens(cfg, images, n_rows, vqvae, progress):
     """Pictures (M,H,W,3), of which phase 2 will see n_rows -> their tokens (C*M,N), C copies.
 
-    As often the pictures as they are as augmented: enough against learning a few thousand shapes by
-    heart, and not so much that the model draws what augmentation made. What no step would come to
-    use is not extracted.
+    Half of the copies are augmented: enough against learning a few thousand shapes by heart, and
+    not so much that the model draws what augmentation made. What no step would come to use is not
+    extracted.
     """
     copies = min(cfg.copies, math.ceil(n_rows / (2 * len(images))))
     tokens = [extract_tokens(vqvae, images, None, progress)] * max(1, copies)
@@ -1655,7 +1660,7 @@ class Decoder:
 
 def guide(cond, uncond, how):
     """Guidance without a classifier (Ho & Salimans 2022): logits (B,S) with and without a condition
-    -> cond + w * (cond - uncond).
+    -> cond + guidance * (cond - uncond).
 
     Guidance may lift a token that is merely rare without the condition: only what the condition
     makes plausible takes part (min-p, on the branch that knows it).
@@ -1840,7 +1845,8 @@ def compare_captions(found, wanted):
 
 @torch.no_grad()
 def evaluate(vqvae, igpt, tokenizer, images, captions, how, seed=0, progress=quiet):
-    """Every figure of `eval --json` over pictures uint8 (M,H,W,3), M captions -> dict of floats."""
+    """What both models are worth: all figures of `eval`, over pictures uint8 (M,H,W,3) and M
+    captions -> dict of floats."""
     vqvae.eval(), igpt.eval()
     out = measure_reconstruction(vqvae, progress(picture_batches(images, 250), "reconstructing"))
     del out["loss"]
@@ -2234,9 +2240,9 @@ def load_data(folder, value_range="auto", log=say_nothing):
             data = check_pairs(*(arrays[key] for key in keys), "8bit", log)
     else:
         raise InputError(f"no data in {folder}: `mmgen.py data --data {folder}` draws some")
-    own = load_pickled_data(pictures, value_range, log) if pictures.exists() else ()
-    with reading(folder, "data"):
-        check_images(data[0], [*own, data[0]][0], ("pairs", "VQ-VAE's"), "8bit", say_nothing)
+    own = load_pickled_data(pictures, value_range, log) if pictures.exists() else data[:2]
+    if own[0].shape[1:] != data[0].shape[1:]:
+        raise InputError(f"{folder}: pictures of unlike sizes: {own[0].shape}, {data[0].shape}")
     return Data(*data, *own)
 
 

@@ -30,8 +30,8 @@ import torch.nn.functional as F
 
 import mmgen
 from mmgen import (Config, FactoredVQVAE, InputError, JointTrainer, KVCache, SampleOptions,
-                   Sampler, SamplingConfig, Tokenizer, VectorQuantizer, VQVAE, VQVAETrainer, compute_loss, create_dataset,
-                   iGPT, iGPTTrainer, make_sequences)
+                   Sampler, SamplingConfig, Tokenizer, VectorQuantizer, VQVAE, VQVAETrainer,
+                   compute_loss, create_dataset, iGPT, iGPTTrainer, make_sequences)
 
 MMGEN = Path(mmgen.__file__)
 # Tiny models gain nothing from more threads, and results must not depend on the machine
@@ -208,7 +208,7 @@ CAPTIONS = [TEXTS[0]] * 4
     ((U8.astype(str), U8, CAPTIONS, CAPTIONS), "train_images: want an array of numbers"),
     ((U8[:0], U8, [], CAPTIONS), "train_images: want (N,H,W,3)"),
     ((U8[:, :0], U8, CAPTIONS, CAPTIONS), "train_images: want (N,H,W,3)"),
-    ((U8[:, :6], U8[:, :6], CAPTIONS, CAPTIONS), "H and W divisible by 4, found (dtype('uint8'), (4, 6, 8, 3))"),
+    ((U8[:, :6], U8[:, :6], CAPTIONS, CAPTIONS), "H and W divisible by 4, found (dtype('uint8')"),
     ((U8, np.zeros((4, 12, 8, 3), np.uint8), CAPTIONS, CAPTIONS), "unlike sizes"),
     ((U8 + np.nan, U8, CAPTIONS, CAPTIONS), "nan"),
     ((U8 - np.inf, U8, CAPTIONS, CAPTIONS), "inf"),
@@ -378,7 +378,8 @@ def test_floats_beyond_the_range_by_a_rounding_error_and_fractions_in_other_rang
 
 def test_a_pickled_scalar_cannot_ask_for_gigabytes(tmp_path):
     path = tmp_path / "mnist_colored.pkl"
-    path.write_bytes(b"cnumpy.core.multiarray\nscalar\n(cnumpy\ndtype\n(S'V1900000000'\ntRS'x'\ntR.")
+    path.write_bytes(b"cnumpy.core.multiarray\nscalar\n"
+                     b"(cnumpy\ndtype\n(S'V1900000000'\ntRS'x'\ntR.")
     with pytest.raises(InputError, match="no readable pickle"):
         mmgen.load_pickled_data(path)
     path.write_bytes(b"(lr\xff\xff\xff\x7f.")  # nor a memo index for room
@@ -1141,7 +1142,7 @@ def test_library_snippets_of_the_notes(tmp_path):
 
 
 def test_part_one_is_complete():
-    """All above the banner, alone in an empty module, trains every regime and samples every mode."""
+    """All above the banner, alone in a module, trains every regime and samples every mode."""
     source = MMGEN.read_text()
     part_one = types.ModuleType("part_one")
     sys.modules["part_one"] = part_one  # dataclasses look their module up
@@ -1922,7 +1923,7 @@ def test_importing_does_nothing():
     assert result.returncode == 0 and result.stdout == "" and result.stderr == ""
 
 
-# --- bench: `make bench` times mmgen against plain code and against the machine --------------------
+# --- bench: `make bench` times mmgen against plain code and the machine --------------------------
 #
 # Absolute times say more about the machine than about the code, so every row is a ratio of two
 # things timed in the same rounds: mmgen's way and the plain way, or mmgen and the machine's limit.
