@@ -454,6 +454,10 @@ class VectorQuantizer(nn.Module):
         2007): what is rare in a picture, but badly coded, gets codes, too."""
         dead = (self.unused > self.restart) | (self.unused < 0)  # (K,)
         if dead.any():
+            if dist.is_initialized():  # choose among the features of all processes
+                parts = [torch.empty_like(flat) for _ in range(dist.get_world_size())]
+                dist.all_gather(parts, flat.contiguous())
+                flat = torch.cat(parts)
             error = self.distances(flat).amin(1).clamp(min=1e-9)
             rows = flat[error.multinomial(int(dead.sum()), replacement=True)]
             rows = rows + 0.01 * flat.std() * torch.randn_like(rows)
