@@ -2513,8 +2513,9 @@ class Run(Observer):
         state = {"settings": None, "done": [], "rows": [], "complete": True}
         if self.state_path.exists():
             state = load_checkpoint(self.state_path, "state")
-        phases, theirs = REGIMES[self.settings["regime"]], state["settings"]
+        phases = REGIMES[self.settings["regime"]]
         with reading(self.folder, "run"):
+            theirs = state["settings"]
             if resume and theirs:
                 unlike = [f"{key} is {value}, the run's is {theirs.get(key)}"
                           for key, value in self.settings.items() if value != theirs.get(key)]
@@ -2544,10 +2545,10 @@ class Run(Observer):
     def on_start(self, trainer, n_steps):
         """Hand the saved state to the trainer, if it is of this phase."""
         state, self.trainer_state = self.trainer_state, None
-        if state and state["phase"] == trainer.phase:
-            with reading(self.state_path, "state, --overwrite starts anew"):
+        with reading(self.state_path, "state, --overwrite starts anew"):
+            if state and state["phase"] == trainer.phase:
                 trainer.load_state_dict(state)
-            log(f"resumed {trainer.phase} at step {trainer.step}")
+                log(f"resumed {trainer.phase} at step {trainer.step}")
         if self.settings["compile"]:
             try_compile(trainer.modules)
         self.save(trainer)

@@ -1640,8 +1640,8 @@ def test_a_damaged_state_is_refused(tmp_path, data_dir):
     scheduler = mmgen.create_cosine_scheduler(optimizer, 1, 20)
     run.save(VQVAETrainer(vqvae, optimizer, cpu, cfg, scheduler=scheduler))
     good = torch.load(run.state_path, weights_only=True)
-    for keys in (["rows"], ["trainer", "step"], ["trainer", "optimizer"],
-                 ["trainer", "modules", "vqvae.codebook.unused"]):
+    for keys in (["settings"], ["rows"], ["trainer", "phase"], ["trainer", "step"],
+                 ["trainer", "optimizer"], ["trainer", "modules", "vqvae.codebook.unused"]):
         state = copy.deepcopy(good)
         functools.reduce(dict.get, keys[:-1], state).pop(keys[-1])
         mmgen.save_checkpoint(run.state_path, "state", state)
