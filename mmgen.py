@@ -15,10 +15,10 @@ A VQ-VAE turns a picture into a grid of discrete tokens. An iGPT (a decoder-only
 picture tokens and caption words as ONE sequence. So one network draws a caption (the caption first,
 then the picture), captions a picture (the reverse), or makes up both.
 
-Part I is the complete algorithm, in the order in which the data flows. It uses nothing of Part II:
-to copy it, take all above the banner of Part II. In brackets: what of the two original notes a
-chapter implements. Notes A are the recipe of a VQ-VAE and an iGPT for coloured MNIST, notes B the
-plan for training them together.
+Part I is the complete algorithm, in the order in which the data flows; everything else is Part II.
+Part I uses nothing of Part II: to copy it, take all above that banner. In brackets: what of the two
+original notes a chapter implements. Notes A are the recipe of a VQ-VAE and an iGPT for coloured
+MNIST, notes B the plan for training them together.
 
     Settings      Config, SamplingConfig: every number one may turn             [A, configuration]
     Batches       Batches: what is learned from, in an order that can be resumed
@@ -28,18 +28,16 @@ plan for training them together.
     iGPT          iGPT, ParallelPredictor                                       [A, iGPT; B 1]
     Sequences     make_sequences, text_prompt, image_prompts, extract_tokens    [A, token sequence]
     Measures      next_token_nll, measure_reconstruction, measure_prediction    [A, losses; B 6]
-    Optimizers    Muon, parameter_groups, create_cosine_scheduler               [B 4]
+    Optimizers    Muon, make_optimizer, create_cosine_scheduler                 [B 4]
     Training      Trainer, VQVAETrainer, iGPTTrainer, JointTrainer              [A and B, training]
-    Regimes       Data, Models, train_regime: two-stage, single, multi          [B, all of it]
-    Sampling      logits_to_probs, sample_token, Decoder, generate, Sampler     [A, generation]
-    Evaluation    likelihoods, evaluate
-
-Part II is everything else.
-
+    Regimes       Data, prepare_phase, train_regime: two-stage, single, multi   [B, all of it]
+    Sampling      logits_to_probs, sample_token, Decoder, generate, Models      [A, generation]
+    Evaluation    evaluate
+    --- Part II
     Drawn digits  STROKES, draw_digits: a data set from pen strokes
     Data          to_uint8, load_data, create_dataset: pickles, MNIST, npz      [A, data]
     Files         save_vqvae, load_igpt, save_samples: checkpoints, pictures    [A, output files]
-    Runs          Run, train_run: progress, curves, resume
+    Runs          Run, train_run: curves, saved state, resume
     Commands      main
 
 Symbols of the shape comments:
@@ -47,14 +45,13 @@ Symbols of the shape comments:
     N  = h*w, tokens a picture    K  codes in the codebook        D  length of a code vector
     T  tokens in a sequence       L  words in the longest caption    d  width of the transformer
     V  vocabulary = K codes, then the sorted caption words, then the four specials
-    M  rows of a data set         S  tokens that a span may hold    C  channels, or copies of a set
-    z_e  encoder output           z_q  the nearest code vectors     sg  stop gradient: detach
+    M  rows of a data set         S  tokens that a span may hold     C  channels
+    z_e  encoder output           z_q  the nearest code vectors      sg  stop gradient: detach
 A mark is one of the specials EOT, EOI and BOS, which say what comes next in a sequence. A phase is
 one training of one or both models; a regime is a list of phases.
 
 Where this departs from the notes, and why:
-  * Their codebook never learns: both VQ terms detach z_q. Ours is mean((z_q - sg[z_e])^2), van den
-    Oord's.
+  * Their codebook never learns: both VQ terms detach z_q. Ours is mean((z_q - sg[z_e])^2).
   * Their distances build an (N, K, D) tensor. |z-e|^2 = |z|^2 - 2 z.e + |e|^2 is a matrix product.
   * They train on BOS IMAGE ... but prompt with BOS EOI TEXT and BOS EOT IMAGE, which no training
     sequence showed. We train on the two orders that are prompted (`--orders plain` is theirs).
@@ -64,37 +61,21 @@ Where this departs from the notes, and why:
   * Added because a laptop sees each picture only a few times, so that learning per step counts,
     each with its reason where it stands: a norm before the codebook, colours coded apart from
     shapes, normed queries and keys, places counted from the last mark, codes alike that share what
-    is learned, Muon, guidance in sampling. All phases warm up and decay, not the iGPT's alone.
+    is learned, noise, Muon, guidance. All phases warm up and decay, not the iGPT's alone.
 """
 
-import argparse
-import codecs
-import colorsys
-import contextlib
-import csv
-import dataclasses
 import difflib
 import functools
-import hashlib
-import io
 import itertools
 import json
 import math
 import numbers
-import os
-import pickle
-import pickletools
 import re
-import shutil
-import signal
-import struct
 import sys
-import threading
 import time
 import zlib
-from collections import Counter, defaultdict
+from collections import defaultdict, namedtuple
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -103,22 +84,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-try:
-    import fcntl  # file locks; not on Windows
-except ImportError:
-    fcntl = None
-
-
 class InputError(ValueError):
     """What was given cannot be used; the message says what and why, in one line."""
 
-
 def processes():
     """-> (number of this process, how many train together): (0, 1) unless torchrun started us."""
-    if dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
-
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 def summed(tensor):
     """A tensor -> its sum over all processes that train together."""
@@ -126,149 +97,168 @@ def summed(tensor):
         dist.all_reduce(tensor)
     return tensor
 
+def wait_for_all():
+    """Go on when all processes that train together are here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+def log(text, end="\n"):
+    """A line for the user on stderr, from the first process alone; stdout is for results."""
+    if processes()[0] == 0:
+        clear = "\r\x1b[K" if sys.stderr.isatty() else ""  # track may have left its line
+        print(clear + text, file=sys.stderr, end=end, flush=True)
+
+def track(items, what, done=0, news=str):
+    """The items one by one. On a terminal one line that changes says how far it is, how fast, how
+    much longer and what news() returns; elsewhere a line every five seconds does.
+
+    items: an iterable with a length. done: how many of the kind were done before.
+    """
+    live, started = sys.stderr.isatty(), time.monotonic()
+    shown, total = started, done + len(items)
+    for i, item in enumerate(items):
+        now = time.monotonic()
+        if i and now - shown > (0.2 if live else 5):
+            shown, left = now, int((len(items) - i) * (now - started) / i)
+            rate = f"{i / (now - started):.2f}/s  {left // 60}:{left % 60:02} left"
+            log(f"{what} {done + i}/{total}  {rate}  {news()}", end="" if live else "\n")
+        yield item
+
 
 # ==================================================================================================
 # Part I: the model
 # ==================================================================================================
 
+
 # --- Settings: every number one may turn, with its default, its range and its reason --------------
-#
-# A field stands for a flag of the command line: vqvae_dim is --vqvae-dim. The default is the value
-# of the preset `full`, the configuration of notes A; `laptop` and `tiny` say where they differ.
 
+PRESETS = ("full", "laptop", "tiny")
+ORDERS = ("image_text", "text_image", "plain")  # of a sequence, see make_sequences
+Field = namedtuple("Field", "default presets limits text")
 
-def knob(default, text, low=0, high=math.inf, choices=(), **presets):
-    """A field of a Settings class: default, help text, range or choices, values in the presets."""
-    return dataclasses.field(default=default, metadata=dict(
-        help=text, low=low, high=high, choices=choices, presets=presets))
-
+def parse(cell):
+    """A cell of a table -> the int, float, bool, list or text that it spells."""
+    try:
+        return json.loads(cell)
+    except ValueError:
+        return cell
 
 class Settings:
-    """Base of the dataclasses below: each field has its declared type and lies in its range,
-    whether it comes from a flag, a caller or a checkpoint. Raises InputError."""
+    """Base of the classes below. Each line of a class's `table` makes a field, and a flag of the
+    command line (vqvae_dim is --vqvae-dim): name, default (or the values in all PRESETS, of which
+    the first is the default), range or choices, and what to know before turning it.
 
-    def __post_init__(self):
-        for f in dataclasses.fields(self):
-            value, kind, meta = getattr(self, f.name), f.type, f.metadata
-            if value is None and f.default is None:  # not given, and need not be
-                continue
-            wanted = {int: numbers.Integral, float: numbers.Real}.get(kind, kind)
-            if not isinstance(value, wanted) or isinstance(value, bool) and kind is not bool:
-                raise InputError(f"{f.name} is {value!r}, no {kind.__name__}")
-            if kind in (int, float) and not meta["low"] <= value <= meta["high"]:
-                raise InputError(f"{f.name} is {value}, not in the range {meta['low']} to "
-                                 f"{meta['high']}")
-            if meta["choices"] and value not in meta["choices"]:
-                raise InputError(f"{f.name} is {value!r}, not one of {', '.join(meta['choices'])}")
-            setattr(self, f.name, kind(value))  # NumPy's numbers: checkpoints hold Python's alone
+    A class's attributes hold the defaults; the constructor takes others by name. Raises InputError
+    for a value of another type or out of its range, TypeError for a name that is not in the table.
+    """
 
+    table, fields = "", {}
 
-@dataclass
+    def __init_subclass__(cls):
+        cls.fields = {}
+        for line in cls.table.strip().splitlines():
+            name, *cells, limits, text = re.split("  +", line.strip())
+            values = list(map(parse, cells))
+            cls.fields[name] = Field(values[0], dict(zip(PRESETS, values)), limits, text)
+            setattr(cls, name, values[0])
+
+    def __init__(self, **values):
+        for name, field in self.fields.items():
+            value, kind = values.pop(name, field.default), type(field.default)
+            low, dots, high = field.limits.partition("..")
+            fits = isinstance(value, numbers.Real if dots else kind)
+            if fits and dots:
+                whole = kind is float or value % 1 == 0
+                fits = whole and float(low) <= value <= float(high or "inf")
+            elif low != "any":
+                fits = value in low.split("|")
+            if not fits:
+                raise InputError(f"{name} is {value!r}, want {kind.__name__} {field.limits}")
+            setattr(self, name, kind(value))  # NumPy's numbers become Python's
+        if values:
+            raise TypeError(f"{type(self).__name__} has no {', '.join(values)}")
+
+    def but(self, **changes):
+        """The same settings but for some changes."""
+        return type(self)(**vars(self) | changes)
+
 class Config(Settings):
-    """How to train. Lengths are in epochs, or in steps where *_steps is not 0. `laptop`: a CPU sees
-    each picture a few times only, so batches are small, dropout is 0 and lengths are in steps (the
-    time then does not depend on the data). `tiny`: seconds, for tests."""
+    """How to train. `full` is the configuration of notes A. `laptop`: a CPU sees each picture a few
+    times only, so batches are small, dropout is 0 and lengths are in steps (the time then does not
+    depend on the data). `tiny`: seconds, for tests. A length in steps, if not 0, goes before that
+    in epochs."""
 
-    # VQ-VAE
-    vqvae_dim: int = knob(256, "channels; 64 is 12 times as fast", 4, laptop=64, tiny=16)
-    vqvae_K: int = knob(128, "codes; more sharpen pictures, cost the iGPT time", 2, laptop=1024,
-                        tiny=32)
-    vqvae_D: int = knob(256, "length of a code vector", 2, laptop=64, tiny=16)
-    factored: str = knob("off", "code shapes and colours apart; auto: if pictures are two-coloured",
-                         choices=("off", "on", "auto"), laptop="auto")
-    beta: float = knob(0.25, "commitment weight; 0.1 to 2 work", laptop=2.0)
-    extremes: float = knob(0.0, "weight of colour extremes in the loss; 0.1 to 0.5", laptop=0.1)
-    ema: float = knob(0.0, "decay of EMA codes in phase 1; 0: they learn by gradient", high=0.9999)
-    restart: int = knob(100, "restart codes unused for more batches; 0: never", laptop=50)
-    vqvae_epochs: int = knob(30, "length of phase 1")
-    vqvae_steps: int = knob(0, "the same in steps; 0: count epochs", laptop=3500, tiny=60)
-    vqvae_batch_size: int = knob(128, "pictures a step; 32 learns most a second on a CPU", 1,
-                                 laptop=32, tiny=16)
-    vqvae_lr: float = knob(1e-3, "learning rate of the VQ-VAE", laptop=3e-3, tiny=3e-3)
-    # iGPT
-    d_model: int = knob(128, "width", 4, tiny=32)
-    n_heads: int = knob(4, "attention heads; they divide the width", 1, tiny=2)
-    n_layers: int = knob(4, "blocks", 1, tiny=2)
-    dropout: float = knob(0.1, "in each block; 0 for runs of few epochs", high=0.9, laptop=0.0)
-    predictor: str = knob("causal", "parallel: all picture tokens at once from a caption, no more",
-                          choices=("causal", "parallel"))
-    orders: str = knob("image_text,text_image", "orders of sequences, comma-separated; also plain")
-    caption_weight: float = knob(1.0, "weight of words after a picture; 5 to 20 read best",
-                                 laptop=20.0)
-    copies: int = knob(0, "augmented copies to train on, each with a plain one", laptop=2)
-    igpt_epochs: int = knob(30, "length of phase 2")
-    igpt_steps: int = knob(0, "the same in steps; 0: count epochs", laptop=4000, tiny=60)
-    igpt_batch_size: int = knob(128, "sequences a step", 1, laptop=32, tiny=16)
-    igpt_lr: float = knob(1e-3, "learning rate of the iGPT", laptop=8e-3, tiny=3e-3)
-    # Joint training: `single` and phase 3
-    single_epochs: int = knob(30, "length of `single`")
-    single_steps: int = knob(0, "the same in steps; 0: count epochs", laptop=3900, tiny=80)
-    finetune_epochs: int = knob(3, "length of phase 3, 5-20 % of phase 1; 0 skips it")
-    finetune_steps: int = knob(0, "the same in steps; 0: count epochs", laptop=175, tiny=10)
-    finetune_lr: float = knob(0.01, "the VQ-VAE's rates in phase 3, relative", laptop=0.002)
-    finetune_igpt_lr: float = knob(0.1, "the iGPT's rates in phase 3, relative")
-    codebook_lr: float = knob(0.3, "the codebook's rate in joint training, relative")
-    lambda_xent: float = knob(0.003, "cross-entropy's weight there; 0.1 can collapse the codebook")
-    lambda_warmup: float = knob(0.3, "share of `single` with weight 0", high=1, laptop=0.15)
-    # General
-    optimizer: str = knob("adam", "muon: orthogonalized momentum for weight matrices, Adam else",
-                          choices=("adam", "muon"), laptop="muon")
-    precision: str = knob("auto", "of training: bf16 where the hardware has it, or as said",
-                          choices=("auto", "fp32", "bf16"), tiny="fp32")
-    compile: bool = knob(False, "torch.compile the models: a slow start, then faster on GPUs")
-    seed: int = knob(0, "seed of weights, batches and noise", high=2**31)
+    table = """
+        vqvae_dim        256     64      16      4..          channels; 64 is 12 times as fast
+        vqvae_K          128     1024    32      2..          codes; more: sharper, slower iGPT
+        vqvae_D          256     64      16      2..          length of a code vector
+        factored         off     auto    off     off|on|auto  code shapes apart from colours
+        beta             0.25    2.0     0.25    0..          commitment weight; 0.1 to 2 work
+        extremes         0.0     0.1     0.0     0..          weight of extreme colours; 0 to 0.5
+        ema              0.0     0.0     0.0     0..0.9999    decay of EMA codes in phase 1; 0: none
+        restart          100     50      100     0..          restart codes unused for longer; 0: no
+        vqvae_epochs     30      30      30      1..          length of phase 1
+        vqvae_steps      0       3500    60      0..          the same in steps
+        vqvae_lr         1e-3    3e-3    3e-3    0..          learning rate of the VQ-VAE
+        d_model          128     128     32      4..          width of the iGPT
+        n_heads          4       4       2       1..          heads; they divide the width
+        n_layers         4       4       2       1..          blocks
+        dropout          0.1     0.0     0.1     0..0.9       in blocks; 0 for runs of few epochs
+        predictor        causal  causal  causal  causal|parallel  parallel: all codes at once
+        orders           image_text,text_image   any          of sequences, with commas; also plain
+        caption_weight   1.0     20.0    1.0     0..          of words after a picture; 5 to 20
+        noise            0.0     0.3     0.0     0..1         picture tokens falsified at the input
+        igpt_epochs      30      30      30      1..          length of phase 2
+        igpt_steps       0       4000    60      0..          the same in steps
+        igpt_lr          1e-3    8e-3    3e-3    0..          learning rate of the iGPT
+        single_epochs    30      30      30      1..          length of `single`
+        single_steps     0       3900    80      0..          the same in steps
+        finetune_epochs  3       3       3       0..          of phase 3, 5-20 % of phase 1; 0: none
+        finetune_steps   0       175     10      0..          the same in steps
+        finetune_lr      0.01    0.002   0.01    0..          VQ-VAE's rates in phase 3, relative
+        lambda_xent      0.003   0.003   0.003   0..          of cross-entropy; 0.1: codes collapse
+        lambda_warmup    0.3     0.15    0.3     0..1         share of `single` in which that is 0
+        batch_size       128     32      16      1..          32 learns most a second on a CPU
+        optimizer        adam    muon    adam    adam|muon    muon: orthogonal steps for matrices
+        precision        auto    auto    fp32    auto|fp32|bf16  of products; auto: bf16 if fast
+        seed             0       0       0       0..2147483648   of weights, batches and noise
+    """
 
-    def __post_init__(self):
-        super().__post_init__()
+    def __init__(self, **values):
+        super().__init__(**values)
         if not set(self.orders.split(",")) <= set(ORDERS):
             raise InputError(f"orders is {self.orders}, not some of {', '.join(ORDERS)}")
-        if self.d_model % self.n_heads:  # said before phase 1, not after it
+        if self.d_model % self.n_heads:
             raise InputError(f"d_model {self.d_model} is not divisible by {self.n_heads} heads")
 
     @classmethod
-    def preset(cls, name, **changes):
-        """The Config of the preset 'full', 'laptop' or 'tiny', but for some changes. A length that
-        is given in epochs replaces the preset's in steps."""
+    def preset(cls, preset, **changes):
+        """The Config of one of the PRESETS, but for some changes. A length that is given in epochs
+        replaces the preset's in steps."""
         values = {}
-        for f in dataclasses.fields(cls):
-            values[f.name] = f.metadata["presets"].get(name, f.default)
-        for key in changes:
-            if key.endswith("_epochs"):
-                values[key.replace("_epochs", "_steps")] = 0
-        return cls(**{**values, **changes})
+        for name, field in cls.fields.items():
+            values[name] = field.presets.get(preset, field.default)
+            if name.replace("_steps", "_epochs") in changes:
+                values[name] = field.default
+        return cls(**values | changes)
 
-
-ORDERS = ("image_text", "text_image", "plain")  # of a sequence, see make_sequences
-
-
-@dataclass
 class SamplingConfig(Settings):
     """How a token is chosen; the library and the command line share these defaults."""
 
-    temperature: float = knob(1.0, "below 1: safer, above: wilder; 0: greedy")
-    top_k: int = knob(0, "only the k most likely tokens; 0: all")
-    top_p: float = knob(1.0, "only the most likely tokens, down to this share in sum", 1e-6, 1)
-    greedy: bool = knob(False, "always the most likely token")
-    guidance: float = knob(3.0, "of pictures by captions; 1: more varied; 0: none")
-    min_p: float = knob(0.1, "guided: only tokens this likely, relative to the likeliest", high=1)
+    table = """
+        temperature  1.0    0..      below 1: safer, above: wilder; 0: greedy
+        top_k        0      0..      only the k most likely tokens; 0: all
+        top_p        1.0    1e-6..1  only the most likely tokens, down to this share in sum
+        greedy       false  any      always the most likely token
+        guidance     3.0    0..      of pictures by captions; 1: more varied; 0: none
+        min_p        0.1    0..1     guided: only tokens this likely, relative to the likeliest
+    """
 
 
 # --- Batches: what is learned from, in an order that can be resumed -------------------------------
 #
 # Pictures are uint8 (M,H,W,3) in memory, and floats (B,3,H,W) in [-1,1], four times as large, only
 # in a batch.
-
-
-def to_float(images):
-    """uint8 tensor (B,H,W,3) -> float (B,3,H,W) in [-1,1]."""
-    return images.permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
-def denormalize(x):
-    """Float tensor (M,3,H,W) in [-1,1] -> uint8 array (M,H,W,3) in 0..255."""
-    x = ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    return x.permute(0, 2, 3, 1).cpu().numpy()
-
 
 class Batches:
     """Batch number `step` as a function of (seed, step) alone, so that training can go on from any
@@ -283,32 +273,33 @@ class Batches:
         self.get, self.n_rows, self.batch_size, self.seed = get, n_rows, batch_size, seed
         self.per_epoch = math.ceil(n_rows / batch_size)
         self.per_pass, self.next_step = per_pass or self.per_epoch, 0
+        self.rows = functools.lru_cache(1)(self.rows)  # of the current epoch
+
+    def rows(self, epoch):
+        """Row numbers in an epoch's order, int64 (n_rows,)."""
+        if self.seed is None:
+            return torch.arange(self.n_rows)
+        chance = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        return torch.randperm(self.n_rows, generator=chance)
 
     def __len__(self):
         return self.per_pass
 
     def __iter__(self):
         self.next_step += self.per_pass  # a plain `for` sees another order each time
-        for step in range(self.next_step - self.per_pass, self.next_step):
-            yield self[step]
+        return map(self.__getitem__, range(self.next_step - self.per_pass, self.next_step))
 
     def __getitem__(self, step):
         epoch, batch = divmod(step, self.per_epoch)
-        part = slice(batch * self.batch_size, (batch + 1) * self.batch_size)
-        if self.seed is None:
-            return self.get(torch.arange(self.n_rows)[part])
-        rows = permutation(self.n_rows, self.seed * 1_000_003 + epoch)[part]
+        rows = self.rows(epoch)[batch * self.batch_size : (batch + 1) * self.batch_size]
+        rank, world = (0, 1) if self.seed is None else processes()
         # Several processes share a batch in equal parts; what is lacking is taken twice
-        rank, world = processes()
         size = math.ceil(len(rows) / world)
         return self.get(rows.repeat(world)[rank * size : (rank + 1) * size])
 
-
-@functools.lru_cache(maxsize=2)
-def permutation(n, seed):
-    """0 ... n-1 in random order, int64 (n,)."""
-    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-
+def to_float(images):
+    """uint8 tensor (B,H,W,3) -> float (B,3,H,W) in [-1,1]."""
+    return images.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 def picture_batches(images, batch_size, text_ids=None, **options):
     """uint8 pictures (M,H,W,3) -> Batches of (B,3,H,W) in [-1,1]; with text ids (M,L+1) of pairs
@@ -322,14 +313,6 @@ def picture_batches(images, batch_size, text_ids=None, **options):
     return Batches(get, len(images), batch_size, **options)
 
 
-def random_affine(x, strength=0.07):
-    """Turn, slant, zoom and shift each picture (B,3,H,W) a bit, at random: each number of an affine
-    map is off by about `strength`. Nothing is mirrored, no colour changed, the border continued."""
-    theta = torch.eye(2, 3) + strength * torch.randn(len(x), 2, 3)  # (B,2,3)
-    grid = F.affine_grid(theta.to(x), x.shape, align_corners=False)  # (B,H,W,2)
-    return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
-
-
 # --- Tokenizer: one vocabulary for codes, words and marks -----------------------------------------
 #
 # Codes and words share one vocabulary, so that one network with one softmax can speak both. Ids
@@ -337,18 +320,15 @@ def random_affine(x, strength=0.07):
 # of the logits:
 #     0 ... K-1 codes | K ... V-5 sorted words | V-4 EOT | V-3 EOI | V-2 BOS | V-1 PAD
 
-
 def specials(vocab_size):
     """-> ids of EOT (end of text), EOI (end of image), BOS (beginning) and PAD (padding)."""
     return range(vocab_size - 4, vocab_size)
-
 
 class Tokenizer:
     """Words to token ids and back (notes A, "multimodal token processing").
 
     texts: the captions whose words make the vocabulary. n_embeddings: K. caption_length: L, by
-    default that of the longest caption. `all_words` holds the sorted words, then the specials.
-    Raises InputError if there is no word.
+    default that of the longest caption. Raises InputError if there is no word.
     """
 
     def __init__(self, texts, n_embeddings, caption_length=None):
@@ -381,8 +361,8 @@ class Tokenizer:
 
     def text_decode(self, tokens):
         """Token ids (tensor or list of ints) -> the caption they spell, up to the first EOT."""
-        ids, K = [*map(int, tokens), self.end_of_text_token], self.n_embeddings
-        ids = ids[: ids.index(self.end_of_text_token)]
+        ids = itertools.takewhile(lambda i: i != self.end_of_text_token, map(int, tokens))
+        K = self.n_embeddings
         return " ".join(self.all_words[i - K] for i in ids if i >= K)
 
     def encode_batch(self, texts):
@@ -404,14 +384,13 @@ class Tokenizer:
 # codes together. What goes wrong in practice is that most codes are never the nearest and die: see
 # the norm before the codebook, and `restart`.
 
-
 class VectorQuantizer(nn.Module):
     """The codebook, K vectors of length D, and the search for the nearest (van den Oord 2017).
 
     ema 0: the codebook learns by gradient, through the codebook term of compute_loss. ema in (0,1):
     each code is a moving average, of this decay, of the features it was the nearest to, and gets no
-    gradient. restart: a code unused for more than this many training batches is put onto a feature
-    (0: never), as all codes are in the first batch. In eval mode nothing moves.
+    gradient. restart: a code unused for more than this many training batches is put onto a feature,
+    as all codes are after the first batch (0: never). In eval mode nothing moves.
     """
 
     def __init__(self, K, D, ema=0.0, restart=100):
@@ -419,86 +398,63 @@ class VectorQuantizer(nn.Module):
         self.K, self.ema, self.restart = K, ema, restart or math.inf
         self.weight = nn.Parameter(torch.empty(K, D).uniform_(-1 / K, 1 / K), requires_grad=not ema)
         # Buffers travel in checkpoints, so a resumed run goes on as if it had never stopped
-        self.register_buffer("unused", torch.full((K,), -1))  # batches since last used; -1: not yet
+        self.register_buffer("unused", torch.full((K,), float(self.restart)))  # for so many batches
         self.register_buffer("ema_count", torch.ones(K))
         self.register_buffer("ema_sum", self.weight.detach().clone())
 
-    def distances(self, flat):
-        """Features (M,D) -> squared distances to all codes (M,K), as |e|^2 - 2 z.e + |z|^2: one
-        matrix product, no (M,K,D) tensor."""
-        with torch.autocast(flat.device.type, enabled=False):  # bfloat16 would pick codes by luck
-            flat = flat.float()
-            near = torch.addmm(self.weight.square().sum(1), flat, self.weight.t(), alpha=-2)
-            return near + flat.square().sum(1, keepdim=True)
-
-    def nearest(self, flat):
-        """Features (M,D) -> the nearest codes, int64 (M,)."""
-        return self.distances(flat).argmin(1)
+    def distances(self, z):
+        """Features (...,D) -> squared distances to all codes (...,K), as |z|^2 - 2 z.e + |e|^2: a
+        matrix product, no (...,K,D) tensor."""
+        with torch.autocast(z.device.type, enabled=False):  # bfloat16 would pick codes by luck
+            z, e = z.float(), self.weight
+            return z.square().sum(-1, keepdim=True) - 2 * (z @ e.t()) + e.square().sum(1)
 
     def forward(self, z_e):
-        """z_e (B,D,h,w) -> z_q (B,D,h,w), with gradient to the codebook; tokens int64 (B,h,w)."""
-        B, D, h, w = z_e.shape
-        flat = z_e.detach().float().movedim(1, -1).reshape(-1, D)  # (B*h*w,D)
+        """Features z_e (B,D,h,w) -> the nearest codes z_q (B,D,h,w), with gradient to them."""
+        z = z_e.detach().float().movedim(1, -1)  # (B,h,w,D)
+        tokens = self.distances(z).argmin(-1)  # (B,h,w)
+        z_q = F.embedding(tokens, self.weight).movedim(-1, 1)  # (B,D,h,w)
         if self.training:
-            self.restart_codes(flat)
-        tokens = self.nearest(flat)  # (B*h*w,)
-        if self.training:
-            self.track(flat, tokens)
-        z_q = F.embedding(tokens, self.weight).view(B, h, w, D).movedim(-1, 1)  # (B,D,h,w)
-        return z_q, tokens.view(B, h, w)
+            self.update(z.flatten(0, 2), tokens.flatten())
+        return z_q
 
     @torch.no_grad()
-    def restart_codes(self, flat):
-        """Put dead codes onto features (M,D), a bit off, so that none coincide. A feature's chance
-        is its squared distance from the nearest code, as in k-means++ (Arthur and Vassilvitskii
-        2007): what is rare in a picture, but badly coded, gets codes, too."""
-        dead = (self.unused > self.restart) | (self.unused < 0)  # (K,)
+    def update(self, z, tokens):
+        """After a training batch of features (M,D), coded as (M,): move EMA codes (appendix A of
+        the paper), restart dead ones."""
+        count = summed(torch.bincount(tokens, minlength=self.K).float())  # (K,)
+        if self.ema:
+            total = summed(torch.zeros_like(self.ema_sum).index_add_(0, tokens, z))  # (K,D)
+            self.ema_count.lerp_(count, 1 - self.ema)
+            self.ema_sum.lerp_(total, 1 - self.ema)
+            self.weight.copy_(self.ema_sum / self.ema_count.clamp(min=1e-30)[:, None])
+        self.unused = torch.where(count > 0, 0, self.unused + 1)
+        dead = self.unused > self.restart  # (K,)
         if dead.any():
-            if dist.is_initialized():  # choose among the features of all processes
-                parts = [torch.empty_like(flat) for _ in range(dist.get_world_size())]
-                dist.all_gather(parts, flat.contiguous())
-                flat = torch.cat(parts)
-            error = self.distances(flat).amin(1).clamp(min=1e-9)
-            rows = flat[error.multinomial(int(dead.sum()), replacement=True)]
-            rows = rows + 0.01 * flat.std() * torch.randn_like(rows)
+            # A feature's chance is its squared distance from the nearest code, as in k-means++
+            # (Arthur and Vassilvitskii 2007): what is rare, but badly coded, gets codes, too
+            error = self.distances(z).amin(1).clamp(min=1e-9)
+            rows = z[error.multinomial(int(dead.sum()), replacement=True)]
+            rows = rows + 0.01 * z.std() * torch.randn_like(rows)  # a bit off: none coincide
             if dist.is_initialized():
                 dist.broadcast(rows, 0)  # all processes restart a code at the same place
             self.weight[dead] = self.ema_sum[dead] = rows
             self.ema_count[dead], self.unused[dead] = 1.0, 0
 
-    @torch.no_grad()
-    def track(self, flat, tokens):
-        """Note which codes a batch of features (M,D), coded as (M,), has used, and in EMA mode move
-        them (appendix A of the paper)."""
-        count = summed(torch.bincount(tokens, minlength=self.K).float())  # (K,)
-        self.unused.add_(1).masked_fill_(count > 0, 0)
-        if self.ema:
-            total = summed(torch.zeros_like(self.ema_sum).index_add_(0, tokens, flat))  # (K,D)
-            self.ema_count.lerp_(count, 1 - self.ema)
-            self.ema_sum.lerp_(total, 1 - self.ema)
-            live = self.ema_count > 1e-3  # an unused code keeps its place: its mean is 0/0 by now
-            self.weight[live] = (self.ema_sum / self.ema_count[:, None])[live]
-
-
-class ResidualBlock(nn.Module):
+class ResidualBlock(nn.Sequential):
     """x + conv1x1(relu(conv3x3(relu(x)))), the VQ-VAE paper's block. (B,C,h,w) -> (B,C,h,w)."""
 
     def __init__(self, dim):
-        super().__init__()
-        self.net = nn.Sequential(
-            nn.ReLU(), nn.Conv2d(dim, dim, 3, 1, 1),
-            nn.ReLU(), nn.Conv2d(dim, dim, 1))
+        super().__init__(nn.ReLU(), nn.Conv2d(dim, dim, 3, 1, 1), nn.ReLU(), nn.Conv2d(dim, dim, 1))
 
     def forward(self, x):
-        return x + self.net(x)
-
+        return x + super().forward(x)
 
 class ChannelNorm(nn.LayerNorm):
     """LayerNorm over the channels of each cell. (B,C,h,w) -> (B,C,h,w)."""
 
     def forward(self, x):
         return super().forward(x.movedim(1, -1).float()).movedim(-1, 1)
-
 
 class VQVAE(nn.Module):
     """Pictures to tokens and back. VQVAE(dim=256, K=128, D=256) is the configuration of notes A.
@@ -516,13 +472,11 @@ class VQVAE(nn.Module):
         self.options = dict(dim=dim, K=K, D=D, size=tuple(size), ema=ema, restart=restart)
         self.n_embeddings, self.size = K, tuple(size)
         self.grid = size[0] // 4, size[1] // 4  # (h, w)
+        self.n_tokens = math.prod(self.grid)  # N
         self.encoder = nn.Sequential(
-            nn.Conv2d(3, dim, 4, 2, 1),  # (B,dim,H/2,W/2)
-            nn.ReLU(),
+            nn.Conv2d(3, dim, 4, 2, 1), nn.ReLU(),  # (B,dim,H/2,W/2)
             nn.Conv2d(dim, dim, 4, 2, 1),  # (B,dim,h,w)
-            ResidualBlock(dim),
-            ResidualBlock(dim),
-            nn.ReLU(),
+            ResidualBlock(dim), ResidualBlock(dim), nn.ReLU(),
             nn.Conv2d(dim, D, 1),  # (B,D,h,w); the notes' pre_quantization_conv
             # Without a norm the scale of the features runs away from the codes, which lag and die
             ChannelNorm(D),
@@ -530,25 +484,11 @@ class VQVAE(nn.Module):
         self.codebook = VectorQuantizer(K, D, ema, restart)
         self.decoder = nn.Sequential(
             nn.Conv2d(D, dim, 1),  # (B,dim,h,w)
-            ResidualBlock(dim),
-            ResidualBlock(dim),
-            nn.ReLU(),
-            nn.ConvTranspose2d(dim, dim, 4, 2, 1),  # (B,dim,H/2,W/2)
-            nn.ReLU(),
+            ResidualBlock(dim), ResidualBlock(dim), nn.ReLU(),
+            nn.ConvTranspose2d(dim, dim, 4, 2, 1), nn.ReLU(),  # (B,dim,H/2,W/2)
             nn.ConvTranspose2d(dim, 3, 4, 2, 1),  # (B,3,H,W)
         )
         self.to(memory_format=torch.channels_last)  # less reordering in convolutions: 4 % of a step
-
-    def forward(self, x):
-        """x (B,3,H,W) in [-1,1] -> z_e (B,D,h,w), z_q (B,D,h,w), recon_x (B,3,H,W)."""
-        return self.forward_with_tokens(x)[:3]
-
-    def forward_with_tokens(self, x):
-        """As forward, and the tokens int64 (B,h,w)."""
-        z_e = self.encode(x)
-        z_q, tokens = self.codebook(z_e)
-        # In value z_q, in gradient z_e: straight through the codebook (Bengio et al. 2013)
-        return z_e, z_q, self.decode(z_e + (z_q - z_e).detach()), tokens
 
     def encode(self, x):
         """Pictures (B,3,H,W) in [-1,1] -> features z_e (B,D,h,w)."""
@@ -558,23 +498,28 @@ class VQVAE(nn.Module):
         """Code vectors (B,D,h,w) of any grid -> pictures (B,3,4h,4w)."""
         return self.decoder(z)
 
+    def forward(self, x):
+        """x (B,3,H,W) in [-1,1] -> z_e (B,D,h,w), z_q (B,D,h,w), recon_x (B,3,H,W)."""
+        z_e = self.encode(x)
+        z_q = self.codebook(z_e)
+        # In value z_q, in gradient z_e: straight through the codebook (Bengio et al. 2013)
+        return z_e, z_q, self.decode(z_e + (z_q - z_e).detach())
+
     @torch.no_grad()
     def get_tokens(self, x):
         """Pictures (B,3,H,W) in [-1,1] -> tokens int64 (B,h,w). Moves no code, in training too."""
-        z_e = self.encode(x).movedim(1, -1)  # (B,h,w,D)
-        return self.codebook.nearest(z_e.flatten(0, 2)).view(z_e.shape[:3])
+        return self.codebook.distances(self.encode(x).movedim(1, -1)).argmin(-1)
 
     def decode_tokens(self, tokens):
-        """Tokens (B,h,w) of any grid, or flat (B,h*w) of the model's own -> pictures (B,3,4h,4w).
+        """Tokens (B,h,w) of any grid, or flat (B,N) of the model's own -> pictures (B,3,4h,4w).
         Raises InputError for other lengths and for ids that are no codes."""
-        if tokens.dim() == 2 and tokens.shape[1] != math.prod(self.grid):
-            raise InputError(f"{tokens.shape[1]} tokens do not make a grid of {self.grid}")
+        if tokens.dim() == 2:
+            if tokens.shape[1] != self.n_tokens:
+                raise InputError(f"{tokens.shape[1]} tokens do not make a grid of {self.grid}")
+            tokens = tokens.view(-1, *self.grid)
         if ((tokens < 0) | (tokens >= self.n_embeddings)).any():
             raise InputError(f"picture tokens must be in 0..{self.n_embeddings - 1}")
-        grid = tokens.shape[1:] if tokens.dim() == 3 else self.grid
-        z_q = F.embedding(tokens.view(-1, *grid), self.codebook.weight)  # (B,h,w,D)
-        return self.decode(z_q.movedim(-1, 1))
-
+        return self.decode(F.embedding(tokens, self.codebook.weight).movedim(-1, 1))
 
 def split_colors(x):
     """Pictures (B,3,H,W) of two colours and their blends -> mask (B,1,H,W), 0 where the ground is
@@ -597,12 +542,10 @@ def split_colors(x):
     mask = ((pixels - ground) * way).sum(2) / way.square().sum(2).clamp(min=1e-3)  # (B,H*W)
     return mask.view(len(x), 1, *x.shape[2:]), torch.cat([ground, ink], 1)
 
-
 def join_colors(mask, colors):
     """The way back: mask (B,1,H,W), colors (B,2,3) -> pictures (B,3,H,W)."""
     ground, ink = colors[..., None, None].unbind(1)  # (B,3,1,1) each
     return ground + mask * (ink - ground)
-
 
 def two_colored(images):
     """Pictures uint8 (M,H,W,3) -> are they two colours and their blends, each? So that split and
@@ -611,26 +554,22 @@ def two_colored(images):
     lost = (join_colors(*split_colors(x)) - x).square().mean()
     return bool(lost + 1e-6 < 0.01 * (x - x.mean((2, 3), keepdim=True)).square().mean())
 
-
 def corners(z):
     """The four corner cells of grids (...,h,w), h and w at least 2: a view (...,2,2)."""
     return z[..., :: z.shape[-2] - 1, :: z.shape[-1] - 1]
 
-
 class FactoredVQVAE(VQVAE):
-    """A VQVAE that codes shapes apart from colours, for pictures that are two_colored.
+    """A VQVAE that codes shapes apart from colours, for pictures that are two_colored and of 8 x 8
+    pixels at least.
 
     A plain one learns combinations: every token tells the colours of ground and ink again, and
     few bits are left for the stroke. Here encoder and decoder work on masks, and the two colours
     travel in the four corner tokens, added to what these say of their corner. On handwriting in 29
     colours the same training leads to a fifth of the error.
-    Constructor and calls are VQVAE's. Raises InputError also for a grid of one row or column.
     """
 
     def __init__(self, dim=256, K=128, D=256, *options, **more):
         super().__init__(dim, K, D, *options, **more)
-        if min(self.grid) < 2:
-            raise InputError(f"picture size {self.size}: the tokens have no four corners")
         self.colors_in = nn.Sequential(nn.Linear(6, dim), nn.ReLU(), nn.Linear(dim, 4 * D))
         self.colors_out = nn.Sequential(nn.Linear(4 * D, dim), nn.ReLU(), nn.Linear(dim, 6))
         self.norm = ChannelNorm(D)  # of shape and colour together, in the corners
@@ -646,7 +585,6 @@ class FactoredVQVAE(VQVAE):
         mask = self.decoder(z).float().mean(1, keepdim=True)  # (B,1,4h,4w) in [-1,1]
         colors = self.colors_out(corners(z).flatten(1)).float()  # (B,6)
         return join_colors((mask + 1) / 2, colors.view(-1, 2, 3))
-
 
 def compute_loss(x, recon_x, z_e, z_q, beta=Config.beta, extremes=0.0):
     """The VQ-VAE's loss: reconstruction + codebook + beta * commitment, each a mean over elements.
@@ -668,34 +606,25 @@ def compute_loss(x, recon_x, z_e, z_q, beta=Config.beta, extremes=0.0):
 
 # --- Attention: queries, keys, values, and a cache of the latter two ------------------------------
 
-
 def attend(q, k, v, causal):
     """softmax(q k^T / sqrt(head_dim)) v (Vaswani et al. 2017).
 
     q (B,heads,T,head_dim), k and v (B,heads,columns,head_dim) -> like q. causal: the last query
-    sees all columns, each one before it a column less.
+    sees all columns, each one before it a column less. Written out: for sequences as short as ours
+    F.scaled_dot_product_attention is no faster.
     """
-    T, columns, hide = q.shape[2], k.shape[2], None
-    if causal and T > 1:  # 0 where a query may look, -inf where it may not
-        hide = torch.full((T, columns), -math.inf, dtype=q.dtype, device=q.device)
-        hide = hide.triu(columns - T + 1)
-    # PyTorch's fused kernel, but for two cases on a CPU in which plain products are faster: four
-    # times in bfloat16, forward and backward, and 1.2 times for one query, a step of sampling
-    if q.device.type != "cpu" or q.dtype == torch.float32 and T > 1:
-        return F.scaled_dot_product_attention(q, k, v, hide)
     scores = (q * q.shape[-1] ** -0.5) @ k.mT  # (B,heads,T,columns)
-    if hide is not None:
-        scores = scores + hide
+    T, columns = scores.shape[-2:]
+    if causal and T > 1:
+        hidden = torch.ones(T, columns, dtype=torch.bool, device=q.device).triu(columns - T + 1)
+        scores = scores.masked_fill(hidden, -math.inf)
     return scores.softmax(-1) @ v
-
 
 class KVCache:
     """Keys and values that one layer has computed so far, so that each is computed once: two
     tensors (B,heads,length,head_dim), allocated when generation begins. (The notes' cache grew by
-    concatenation, which copies all of it at every token.)
-
-    The cache does not know how full it is: whoever writes says at which position.
-    """
+    concatenation, which copies all of it at every token.) It does not know how full it is: whoever
+    writes says at which position."""
 
     def __init__(self, batch, n_heads, length, head_dim, device=None, dtype=torch.float32):
         self.k = torch.zeros(batch, n_heads, length, head_dim, device=device, dtype=dtype)
@@ -708,18 +637,13 @@ class KVCache:
         self.v[:, :, position:end] = v
         return self.k[:, :, :end], self.v[:, :, :end]
 
-
 class SelfAttention(nn.Module):
-    """Multi-head self-attention: (B,T,d) -> (B,T,d).
-
-    Queries and keys are normalized (Henry et al. 2020), so that large learning rates cannot blow
-    the scores up. Raises InputError if the width is not divisible by the number of heads.
-    """
+    """Multi-head self-attention: (B,T,d) -> (B,T,d). Queries and keys are normalized (Henry et al.
+    2020), so that large learning rates cannot blow the scores up."""
 
     def __init__(self, d_model, n_heads):
         super().__init__()
-        if d_model % n_heads:
-            raise InputError(f"width {d_model} is not divisible by {n_heads} heads")
+        assert d_model % n_heads == 0, f"width {d_model} is not divisible by {n_heads} heads"
         self.n_heads, head_dim = n_heads, d_model // n_heads
         self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)  # one product instead of three
         self.q_norm, self.k_norm = nn.LayerNorm(head_dim), nn.LayerNorm(head_dim)
@@ -743,7 +667,6 @@ class SelfAttention(nn.Module):
 # The usual decoder-only transformer (GPT-2's pre-norm block), with two things of its own: places
 # are counted from the last mark, and the tables of the picture tokens are built from the codebook.
 
-
 class Block(nn.Module):
     """Pre-norm: x + attention(norm(x)), then x + mlp(norm(x)). (B,T,d) -> (B,T,d)."""
 
@@ -759,7 +682,6 @@ class Block(nn.Module):
         x = x + self.dropout(self.attention(self.norm1(x), *context))
         return x + self.dropout(self.mlp(self.norm2(x)))
 
-
 class iGPT(nn.Module):
     """Next-token logits over the joint vocabulary: tokens int64 (B,T) -> (B,T,V).
 
@@ -767,10 +689,8 @@ class iGPT(nn.Module):
     codebook (K,D), optional: the VQ-VAE's codebook.weight. With it a code's embedding and output
     row are its own vector plus a learned linear map of its standardized code vector: codes that
     look alike share what is learned about one of them, and gradient can reach the codebook. It is
-    referred to, not owned: neither among parameters() nor in state_dict(); .to() leaves it where it
-    is, a deepcopy gets one of its own, and it gathers gradient unless frozen. orders: of the
-    sequences it is to be trained on, so what it can be asked. Raises InputError for heads that do
-    not divide the width.
+    referred to, not owned: neither among parameters() nor in state_dict(). orders: of the sequences
+    it is to be trained on, so what it can be asked.
     """
 
     causal = True  # a position sees itself and what came before
@@ -790,23 +710,25 @@ class iGPT(nn.Module):
         self.blocks = nn.ModuleList(Block(d_model, n_heads, dropout) for _ in range(n_layers))
         self.norm = nn.LayerNorm(d_model)
         self.head = nn.Linear(d_model, vocab_size, bias=False)
-        self._codebook = (codebook,)  # in a tuple, where nn.Module does not look for parameters
-        # Branches and output start small: the first loss is log V, the first gradients are calm
-        small = [self.head]
-        for block in self.blocks:
-            small += [block.attention.out, block.mlp[2]]
+        self._codebook = (codebook,)  # in a tuple nn.Module does not look for parameters
         if codebook is not None:
             self.code_in = nn.Linear(codebook.shape[1], d_model, bias=False)
             self.code_out = nn.Linear(codebook.shape[1], d_model, bias=False)
-            small.append(self.code_out)
-        for layer in small:
-            nn.init.normal_(layer.weight, std=0.02)
-        for table in self.embedding, self.places:
-            nn.init.normal_(table.weight, std=0.3)
+        # Branches and output start small: the first loss is log V, the first gradients are calm
+        for name, weight in self.named_parameters():
+            if name.endswith(("out.weight", "mlp.2.weight", "head.weight")):
+                nn.init.normal_(weight, std=0.02)
+            elif name.startswith(("embedding", "places")):
+                nn.init.normal_(weight, std=0.3)
+
+    @property
+    def codebook(self):
+        """The VQ-VAE's codebook (K,D) that was given, or None."""
+        return self._codebook[0]
 
     def tables(self):
         """Embedding table and output matrix, both (V,d), with the codebook's share, if any."""
-        codebook, embedding, output = self._codebook[0], self.embedding.weight, self.head.weight
+        codebook, embedding, output = self.codebook, self.embedding.weight, self.head.weight
         if codebook is None:
             return embedding, output
         codes = (codebook - codebook.mean(0)) / (codebook.std(0) + 1e-5)  # (K,D), all on one scale
@@ -840,7 +762,6 @@ class iGPT(nn.Module):
         for i, block in enumerate(self.blocks):
             x = block(x, self.causal, caches and caches[i], position)
         return F.linear(self.norm(x), output)
-
 
 class ParallelPredictor(iGPT):
     """The transformer of notes B taken literally: a caption in, logits of all picture tokens out,
@@ -879,7 +800,6 @@ class ParallelPredictor(iGPT):
 #     plain       BOS IMAGE EOI TEXT EOT      the table of notes A
 # BOS + EOT + IMAGE + EOI + TEXT: 1+1+49+1+6 = 58 for 28x28 pictures and six words, or N+L+3.
 
-
 def make_sequences(tokens, text_ids, tokenizer, order):
     """Picture tokens (B,N) and captions (B,L+1) from Tokenizer.encode_batch -> sequences
     int64 (B,N+L+3) in one of the ORDERS.
@@ -888,118 +808,89 @@ def make_sequences(tokens, text_ids, tokenizer, order):
     """
     marks = tokens.new_tensor(specials(tokenizer.vocab_size)).expand(len(tokens), 4)
     eot, eoi, bos, pad = marks.split(1, dim=1)  # (B,1) each
-    row = torch.cat({
-        # A caption of full length needs no EOT at a row's end: nothing comes after it
-        "image_text": [bos, eot, tokens, eoi, text_ids[:, :-1]],
-        "text_image": [bos, eoi, text_ids, tokens],  # text_ids hold the EOT
-        "plain": [bos, tokens, eoi, text_ids],
-    }[order], 1)
+    if order == "image_text":  # a caption of length L needs no EOT: nothing comes after it
+        row = [bos, eot, tokens, eoi, text_ids[:, :-1]]
+    elif order == "text_image":  # text_ids hold the EOT
+        row = [bos, eoi, text_ids, tokens]
+    else:
+        row = [bos, tokens, eoi, text_ids]
+    row = torch.cat(row, 1)
     # A picture follows its caption at once: sort PAD to the end and leave the rest as it stands
     return row.gather(1, (row == pad).byte().argsort(dim=1, stable=True))
 
-
 def mixed_sequences(tokens, text_ids, tokenizer, orders):
-    """A batch dealt out to several orders: row i is in orders[i % len(orders)], where i counts
-    through the shares of all processes. (B,N), (B,L+1) -> (B,T)."""
-    rows = tokens.new_empty(len(tokens), tokens.shape[1] + text_ids.shape[1] + 2)
-    first = processes()[0] * len(tokens)  # this share's first row
-    for i, order in enumerate(orders):
-        part = slice((i - first) % len(orders), None, len(orders))
-        rows[part] = make_sequences(tokens[part], text_ids[part], tokenizer, order)
-    return rows
+    """A batch dealt out to several orders, in equal parts: (B,N), (B,L+1) -> (B,T)."""
+    first, parts = processes()[0] % len(orders), []  # processes may have a row each
+    orders = [*orders[first:], *orders[:first]]
+    for order, some, ids in zip(orders, tokens.chunk(len(orders)), text_ids.chunk(len(orders))):
+        parts.append(make_sequences(some, ids, tokenizer, order))
+    return torch.cat(parts)
 
+def sequence_batches(tokenizer, orders, tokens, batch_size, text_ids, **options):
+    """Picture tokens (M,N) and captions (M,L+1) -> Batches of sequences (B,T), each batch in equal
+    parts of the orders."""
+
+    def get(rows):
+        return mixed_sequences(tokens[rows], text_ids[rows], tokenizer, orders)
+
+    return Batches(get, len(tokens), batch_size, **options)
 
 def text_prompt(tokenizer, caption):
     """BOS EOI TEXT EOT, a text_image sequence whose picture is still to come -> int64 (T,)."""
     ids = F.pad(tokenizer.text_encode(caption), (0, 1), value=tokenizer.end_of_text_token)
     return make_sequences(ids.new_empty(1, 0), ids[None], tokenizer, "text_image")[0]
 
-
 def image_prompts(tokenizer, tokens):
     """BOS EOT IMAGE EOI, image_text sequences before their captions: (B,N) -> (B,N+3)."""
     return make_sequences(tokens, tokens.new_empty(len(tokens), 0), tokenizer, "image_text")
 
-
-def quiet(items, what):
-    """The items, and no word about how far they are; Part II has one that tells."""
-    return items
-
-
 @torch.no_grad()
-def extract_tokens(vqvae, images, augment=None, progress=quiet):
+def extract_tokens(vqvae, images):
     """Run pictures uint8 (M,H,W,3) through the encoder once, not in every epoch (notes B: offline)
-    -> tokens int64 (M,N) on the CPU. augment: a function (B,3,H,W) -> (B,3,H,W) applied before."""
+    -> tokens int64 (M,N) on the CPU."""
     device, out = vqvae.codebook.weight.device, []
-    for x in progress(picture_batches(images, 250), "extracting tokens"):
-        x = x.to(device)
-        if augment:
-            x = augment(x)
-        out.append(vqvae.get_tokens(x).flatten(1).cpu())
+    for x in track(picture_batches(images, 250), "extracting tokens"):
+        out.append(vqvae.get_tokens(x.to(device)).flatten(1).cpu())
     return torch.cat(out)
-
 
 @torch.no_grad()
 def decode_pictures(vqvae, tokens):
     """The way back: tokens int64 (M,N) -> pictures uint8 (M,H,W,3), as they are shown and saved."""
     out = []
     for part in tokens.to(vqvae.codebook.weight.device).split(250):
-        out.append(denormalize(vqvae.decode_tokens(part)))
+        x = (vqvae.decode_tokens(part).clamp(-1, 1) + 1) * 127.5  # (B,3,H,W) in 0..255
+        out.append(x.round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy())
     return np.concatenate(out)
-
-
-def sequence_batches(tokens, text_ids, tokenizer, orders, batch_size, **options):
-    """Picture tokens (C*M,N), C copies of M pictures one after the other, and captions (M,L+1) ->
-    Batches of sequences (B,T), each batch in about equal parts of the orders."""
-
-    def get(rows):
-        return mixed_sequences(tokens[rows], text_ids[rows % len(text_ids)], tokenizer, orders)
-
-    return Batches(get, len(tokens), batch_size, **options)
 
 
 # --- Measures: how well is a token predicted, a picture reconstructed? ----------------------------
 
-
 def next_token_nll(logits, sequences):
     """Logits (B,T-1,V) of a model that was fed sequences[:, :-1] -> nats that each of the targets
     sequences[:, 1:] costs, (B,T-1)."""
-    nll = F.cross_entropy(logits.flatten(0, 1).float(), sequences[:, 1:].flatten(),
-                          reduction="none")
-    return nll.view(len(sequences), -1)
+    return F.cross_entropy(logits.float().mT, sequences[:, 1:], reduction="none")
 
+def weighted_mean(nll, sequences, vocab_size, caption_weight=1.0):
+    """Nats (B,T-1) of the targets sequences[:, 1:] -> the loss, a scalar. PAD counts nothing.
 
-def target_weights(sequences, vocab_size, caption_weight):
-    """How much each prediction counts: sequences (B,T) -> (B,T-1), for targets sequences[:, 1:].
-
-    PAD counts nothing. The words of a caption that FOLLOWS a picture count caption_weight: they are
-    6 targets of 57, in half of the rows, but all there is to captioning.
+    The words of a caption that FOLLOWS a picture count caption_weight: they are 6 targets of 57, in
+    half of the rows, but all there is to captioning.
     """
     _, eoi, _, pad = specials(vocab_size)
     captioning = ((sequences[:, :-1] == eoi).cumsum(1) > 0) & (sequences[:, 1:2] != eoi)
-    return torch.where(captioning, caption_weight, 1.0) * (sequences[:, 1:] != pad)
-
+    weight = torch.where(captioning, caption_weight, 1.0) * (sequences[:, 1:] != pad)  # (B,T-1)
+    return (nll * weight).sum() / weight.sum()
 
 @torch.no_grad()
-def predict(igpt, sequences):
-    """Teacher forcing: sequences (B,T) -> nats (B,T-1) of each target sequences[:, 1:], and whether
-    it was the likeliest token, bool (B,T-1)."""
-    logits = igpt(sequences[:, :-1])
-    return next_token_nll(logits, sequences), logits.argmax(-1) == sequences[:, 1:]
-
-
 def measure_prediction(igpt, batches):
-    """Over batches of sequences (B,T): loss (nats a token, unweighted, without PAD) and accuracy
-    (share of tokens that were the likeliest)."""
-    total = right = n = 0
+    """Over batches of sequences (B,T): mean nats a token, all tokens alike."""
+    total = n = 0
     for rows in batches:
         rows = rows.to(igpt.head.weight.device)
-        nll, hit = predict(igpt, rows)
-        real = target_weights(rows, igpt.vocab_size, 1.0)  # (B,T-1): 1, and 0 for PAD
-        total += (nll * real).sum().item()
-        right += (hit * real).sum().item()
-        n += real.sum().item()
-    return {"loss": total / n, "accuracy": right / n}
-
+        nll = next_token_nll(igpt(rows[:, :-1]), rows)  # (B,T-1)
+        total += weighted_mean(nll, rows, igpt.vocab_size).item() * len(rows)
+        n += len(rows)
+    return total / n
 
 @torch.no_grad()
 def measure_reconstruction(vqvae, batches, *weights):
@@ -1010,23 +901,19 @@ def measure_reconstruction(vqvae, batches, *weights):
     loss = mse = n = counts = 0
     for x in batches:
         x = x.to(vqvae.codebook.weight.device)
-        z_e, z_q, recon_x, tokens = vqvae.forward_with_tokens(x)
+        z_e, z_q, recon_x = vqvae(x)
         loss += compute_loss(x, recon_x, z_e, z_q, *weights).item() * len(x)
         mse += F.mse_loss(recon_x, x).item() * len(x)
         n += len(x)
-        counts += torch.bincount(tokens.flatten(), minlength=vqvae.n_embeddings)
+        counts += torch.bincount(vqvae.get_tokens(x).flatten(), minlength=vqvae.n_embeddings)
     entropy = torch.special.entr(counts / counts.sum()).sum()
-    return {
-        "loss": loss / n,
-        "recon_mse": mse / n,
-        "recon_psnr": 10 * math.log10(4 / max(mse / n, 1e-12)),
-        "codebook_used": (counts > 0).float().mean().item(),
-        "codebook_perplexity": entropy.exp().item(),
-    }
+    return {"loss": loss / n, "recon_mse": mse / n,
+            "recon_psnr": 10 * math.log10(4 / max(mse / n, 1e-12)),
+            "codebook_used": (counts > 0).float().mean().item(),
+            "codebook_perplexity": entropy.exp().item()}
 
 
 # --- Optimizers: Adam or Muon, learning rates by group, warm-up and decay -------------------------
-
 
 class Muon(torch.optim.Adam):
     """Adam, but in groups that say orthogonal=True the update is the momentum's nearest orthogonal
@@ -1034,13 +921,11 @@ class Muon(torch.optim.Adam):
     weights of one shape, of two or more axes; its momentum is 0.95 (betas are Adam's).
 
     torch.optim.Muon computes in bfloat16 one matrix at a time, which takes seconds on a CPU without
-    bfloat16 units. Here the products are of the dtype asked for and batched over a group: a fifth
-    of a step, for twice the learning.
+    bfloat16 units. Here autocast decides, and products are batched over a group: a fifth of a step,
+    for twice the learning.
     """
 
-    def __init__(self, groups, lr=1e-3, dtype=torch.float32, **options):
-        super().__init__(groups, lr=lr, **options)
-        self.dtype = dtype
+    LR = 0.02  # such an update has all singular values near 1, whatever the width
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -1054,7 +939,7 @@ class Muon(torch.optim.Adam):
             if not state:  # Adam's load_state_dict looks for a step
                 state.update(step=torch.tensor(0.0), momentum=torch.zeros_like(grads))
             momentum = state["momentum"].lerp_(grads, 0.05)
-            update = self.orthogonalize(grads.lerp(momentum, 0.95), self.dtype)  # Nesterov's look
+            update = self.orthogonalize(grads.lerp(momentum, 0.95))  # Nesterov's look ahead
             lr = group["lr"] * max(1, grads.shape[1] / grads.shape[2]) ** 0.5
             for p, direction in zip(params, update):
                 p.sub_(direction.view_as(p), alpha=lr)
@@ -1062,53 +947,41 @@ class Muon(torch.optim.Adam):
         super().step(closure)
 
     @classmethod
-    def orthogonalize(cls, x, dtype=torch.float32):
+    def orthogonalize(cls, x):
         """Matrices (n,rows,columns) -> about U V^T of their decompositions U S V^T: five rounds of
         X <- aX + (b XX^T + c (XX^T)^2) X, which bring all singular values near 1."""
         if x.shape[1] > x.shape[2]:  # the products below are then the smaller ones
-            return cls.orthogonalize(x.mT, dtype).mT
-        x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(dtype)
+            return cls.orthogonalize(x.mT).mT
+        x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
         a, b, c = 3.4445, -4.7750, 2.0315
         for _ in range(5):
             gram = x @ x.mT  # (n,rows,rows)
             x = a * x + (b * gram + c * gram @ gram) @ x
         return x.float()
 
+def make_optimizer(cfg, modules, factors):
+    """Adam or Muon over the parameters of modules, a dict of 'vqvae', 'igpt' or both, but for
+    frozen ones.
 
-MUON_LR = 0.02  # such an update has all singular values 1, whatever the width
-
-
-def parameter_groups(cfg, modules, factors):
-    """The optimizer's groups: VQ-VAE, codebook, transformer; under muon the matrices of each, by
-    shape. modules: dict of 'vqvae', 'igpt' or both. factors: dict of what multiplies the Config's
-    learning rates of 'vqvae', 'codebook' and 'igpt'. A frozen parameter is in none. -> list of
-    dicts."""
-    groups = {}
+    One group each for VQ-VAE, codebook and transformer, under muon also for their matrices, by
+    shape. factors: dict of what multiplies the Config's learning rates of 'vqvae', 'codebook' and
+    'igpt'.
+    """
+    groups, rates = {}, dict(vqvae=cfg.vqvae_lr, codebook=cfg.vqvae_lr, igpt=cfg.igpt_lr)
     for kind, module in modules.items():
         for name, p in module.named_parameters():
-            part, lr = kind, cfg.igpt_lr if kind == "igpt" else cfg.vqvae_lr
-            if name == "codebook.weight":
-                part = "codebook"
+            part = "codebook" if name == "codebook.weight" else kind
             # Muon is for linear maps and convolutions; rows of embeddings and outputs belong to
             # tokens, and filters on three colours are no matrices to speak of
             inside = name.startswith(("blocks", "encoder", "decoder", "colors"))
             matrix = cfg.optimizer == "muon" and inside and p.dim() > 1 and min(p.shape[:2]) > 3
-            key = (part, p.shape) if matrix else part
-            rate = (MUON_LR if matrix else lr) * factors.get(part, 1.0)
-            new = {"params": [], "name": part, "lr": rate, "orthogonal": matrix}
+            rate = (Muon.LR if matrix else rates[part]) * factors.get(part, 1.0)
+            group = {"params": [], "name": part, "lr": rate, "orthogonal": matrix}
             if p.requires_grad:
-                groups.setdefault(key, new)["params"].append(p)
-    return list(groups.values())
-
-
-def make_optimizer(cfg, modules, factors, bf16=False):
-    """Adam or Muon over parameter_groups. fused: one kernel for all parameters, not five each."""
-    groups = parameter_groups(cfg, modules, factors)
+                groups.setdefault((part, matrix and p.shape), group)["params"].append(p)
     if cfg.optimizer == "adam":
-        return torch.optim.Adam(groups, fused=True)
-    dtype = torch.bfloat16 if bf16 else torch.float32
-    return Muon(groups, dtype=dtype, betas=(0.9, 0.95), eps=1e-10, fused=True)
-
+        return torch.optim.Adam(groups.values(), fused=True)  # one kernel for all parameters
+    return Muon(groups.values(), betas=(0.9, 0.95), eps=1e-10, fused=True)
 
 def create_cosine_scheduler(optimizer, warmup_steps=1000, total_steps=14_070):
     """A torch scheduler, to be stepped once a training step: all learning rates rise linearly for
@@ -1126,157 +999,116 @@ def create_cosine_scheduler(optimizer, warmup_steps=1000, total_steps=14_070):
 
 # --- Training: one loop. The regimes differ in the loss, the parameters and the batches -----------
 #
-# A Trainer owns the loop; a subclass says what the loss of a batch is and what to measure.
 # Everything random in a step follows from (seed, phase, step, process), so a run that was killed
 # can be taken up at any step and ends with the same weights, to the bit.
-#     Observer - Trainer - VQVAETrainer - iGPTTrainer - JointTrainer
-
-
-class Observer:
-    """What a training calls as it goes. This one does nothing; Part II's Run prints and saves."""
-
-    def on_start(self, trainer, n_steps):
-        """Before the first step of a phase that has n_steps in all."""
-
-    def on_step(self, trainer):
-        """Before each step."""
-
-    def on_pass(self, trainer, row):
-        """After each pass of the training batches; row: a dict of its figures."""
-
-    progress = staticmethod(quiet)  # wraps an iterable that takes a while
-
 
 class Trainer:
-    """The training loop that the library and the command line share.
+    """The training loop that the library and the command line share. A subclass has `phase`, a
+    name, loss(batch) -> a scalar with gradient, and test(batches) -> dict of floats with 'loss'.
 
-    modules: dict name -> nn.Module. optimizer: any torch optimizer over their parameters.
-    scheduler: stepped once a step, or None. clip: largest norm of the whole gradient. seed: if
-    given, a step's noise follows from it, so a resumed run sees what the unbroken one saw. bf16:
-    matrix products in bfloat16. observer: see Observer.
-
-    Subclasses say what the loss of a batch is and what to measure on the test batches. Under
-    torchrun the processes share each batch, and DistributedDataParallel averages the gradients.
+    modules: dict name -> nn.Module. optimizer: any torch optimizer over their parameters. cfg: a
+    Config with the loss' weights and the seed. scheduler: stepped once a step, or None. bf16:
+    matrix products in bfloat16. Under torchrun the processes share each batch, and
+    DistributedDataParallel averages the gradients.
     """
 
-    phase = "train"
+    CLIP = 1.0  # largest norm of the whole gradient
 
-    def __init__(self, modules, optimizer, device, scheduler=None, clip=1.0, seed=None, bf16=False,
-                 observer=Observer()):
+    def __init__(self, modules, optimizer, device, cfg=Config(), scheduler=None, bf16=False):
         self.modules, self.optimizer = nn.ModuleDict(modules), optimizer
-        self.device, self.scheduler, self.clip = torch.device(device), scheduler, clip
-        self.seed, self.bf16, self.observer = seed, bf16, observer
-        self.step, self.last_loss = 0, math.nan
-        self.sums = Counter()  # of this pass' losses, and under "steps" how many
+        self.device, self.cfg, self.scheduler = torch.device(device), cfg, scheduler
+        self.bf16, self.step, self.pass_losses = bf16, 0, []
         self.train_losses, self.test_losses = [], []
-        self.shared_loss = self.loss
+        self.shared_loss = LossModule(self)
         if dist.is_initialized():
             self.shared_loss = DistributedDataParallel(
-                LossModule(self), forward_sync_buffers=False, find_unused_parameters=True)
-
-    def loss(self, batch):
-        """A batch -> (scalar loss with gradient, dict of more scalars to average over the pass)."""
-        raise NotImplementedError
-
-    def test(self, test_loader):
-        """Measurements over the test batches: a dict of floats with at least 'loss'."""
-        raise NotImplementedError
+                self.shared_loss, forward_sync_buffers=False, find_unused_parameters=True)
 
     def train_mode(self):
         """Before each pass: let dropout drop and codes move."""
         self.modules.train()
 
-    def train(self, train_loader, test_loader, num_epochs):
-        """Train until num_epochs passes of the loader are done, going on from self.step.
+    def train(self, train_loader, test_loader, num_epochs, on_step=None, on_pass=None):
+        """Train until num_epochs passes of the loader are done, going on from self.step; then the
+        modules are in eval mode.
 
-        Loaders are Batches, or any iterables of batches with a length. Returns (train_losses,
-        test_losses), a float a pass each. Raises InputError when a loss or a gradient is not
-        finite.
+        Loaders are Batches, or any iterables of batches with a length. on_step(trainer) is called
+        before each step, on_pass(row) after each pass with a dict of its figures. Returns
+        (train_losses, test_losses), a float a pass each. Raises InputError when a loss or a
+        gradient is not finite.
         """
-        for epoch in range(self.step // len(train_loader), num_epochs):
-            self.train_mode()
-            if isinstance(train_loader, Batches):  # a resumed run may begin within a pass
-                steps = range(self.step, (epoch + 1) * len(train_loader))
-                batches = (train_loader[step] for step in steps)
-            else:
-                batches, sampler = train_loader, getattr(train_loader, "sampler", None)
-                if hasattr(sampler, "set_epoch"):  # torch's DistributedSampler
-                    sampler.set_epoch(epoch)
-            for batch in batches:
-                self.observer.on_step(self)
-                self.train_step(batch)
-            self.end_pass(epoch, test_loader)
+        n, batches = len(train_loader), None
+        steps = range(self.step, n * num_epochs)
+        for step in track(steps, self.phase, self.step, lambda: f"loss {self.pass_losses[-1]:.4f}"):
+            if batches is None or step % n == 0:
+                self.train_mode()
+                batches = iter(train_loader)
+            if on_step:
+                on_step(self)
+            # A resumed run may begin within a pass
+            own = isinstance(train_loader, Batches)
+            self.train_step(train_loader[step] if own else next(batches))
+            if self.step % n == 0:
+                row = self.end_pass(test_loader)
+                figures = [f"{name} {value:.4f}" for name, value in row.items() if "_" in name]
+                log(f"{self.phase} {self.step}/{n * num_epochs}  {'  '.join(figures)}")
+                if on_pass:
+                    on_pass(row)
         return self.train_losses, self.test_losses
 
     def train_step(self, batch):
         """Forward, backward, clip, update."""
-        if self.seed is not None:
-            noise = f"{self.seed} {self.phase} {self.step} {processes()[0]}"
-            torch.manual_seed(zlib.crc32(noise.encode()))
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            loss, parts = self.shared_loss(self.to_device(batch))
-        self.last_loss = self.finite(loss.item(), "loss")
-        self.optimizer.zero_grad(set_to_none=True)
+        noise = f"{self.cfg.seed} {self.phase} {self.step} {processes()[0]}"
+        torch.manual_seed(zlib.crc32(noise.encode()))
+        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+        with autocast:
+            loss = self.shared_loss(batch)
+        self.optimizer.zero_grad()
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.modules.parameters(), self.clip)
-        self.finite(norm.item(), "gradient's norm")
-        self.optimizer.step()
+        norm = nn.utils.clip_grad_norm_(self.modules.parameters(), self.CLIP)
+        self.require_finite(loss.item() + norm.item())
+        with autocast:  # for Muon's products
+            self.optimizer.step()
         if self.scheduler:
             self.scheduler.step()
         self.step += 1
-        self.sums.update({"loss": self.last_loss, "steps": 1, **parts})  # a Counter adds up
+        self.pass_losses.append(loss.item())
 
-    def to_device(self, batch):
-        """A tensor or a tuple of tensors -> the same on the trainer's device."""
-        if isinstance(batch, (tuple, list)):
-            return tuple(tensor.to(self.device) for tensor in batch)
-        return batch.to(self.device)
+    def require_finite(self, value):
+        """Raises InputError unless loss and gradient are numbers, before they do harm."""
+        if not math.isfinite(value):
+            raise InputError(f"loss or gradient is {value} at step {self.step} of phase "
+                             f"{self.phase}: try a lower learning rate")
 
-    def finite(self, value, name):
-        """The value, if it is a number; else raises InputError, before anything is saved."""
-        if math.isfinite(value):
-            return value
-        raise InputError(f"the {name} is {value} at step {self.step} of phase {self.phase}: "
-                         "try a lower learning rate")
-
-    def end_pass(self, epoch, test_loader):
-        """Test, and tell the observer."""
+    def end_pass(self, test_loader):
+        """Test -> a dict of the pass' figures."""
         self.modules.eval()
         with torch.no_grad():
             measured = self.test(test_loader)
-        self.finite(measured["loss"], "loss")  # the last step may have broken the weights
-        row = {"phase": self.phase, "epoch": epoch + 1, "step": self.step,
-               "lr": self.optimizer.param_groups[0]["lr"]}
-        for name, total in self.sums.items():  # of all processes
-            row[f"train_{name}"] = summed(torch.tensor(total, device=self.device)).item()
-        steps = row.pop("train_steps", 1)
-        for name in self.sums.keys() - {"steps"}:
-            row[f"train_{name}"] /= steps
-        row |= {f"test_{name}": value for name, value in measured.items()}
-        self.sums.clear()
-        self.train_losses.append(row.get("train_loss", math.nan))
+        self.require_finite(measured["loss"])  # the last step may have broken the weights
+        mean = torch.tensor(self.pass_losses, device=self.device).mean() / processes()[1]
+        self.train_losses.append(summed(mean).item())
         self.test_losses.append(measured["loss"])
-        self.observer.on_pass(self, row)
+        self.pass_losses = []
+        return {"phase": self.phase, "epoch": len(self.test_losses), "step": self.step,
+                "lr": self.optimizer.param_groups[0]["lr"], "train_loss": self.train_losses[-1],
+                **{f"test_{name}": value for name, value in measured.items()}}
 
     def state_dict(self):
         """All that the rest of the training depends on."""
-        return {
-            "phase": self.phase, "step": self.step, "sums": dict(self.sums),
-            "losses": [self.train_losses, self.test_losses],
-            "modules": self.modules.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler and self.scheduler.state_dict(),
-        }
+        return {"phase": self.phase, "step": self.step,
+                "losses": [self.pass_losses, self.train_losses, self.test_losses],
+                "modules": self.modules.state_dict(), "optimizer": self.optimizer.state_dict(),
+                "scheduler": self.scheduler and self.scheduler.state_dict()}
 
     def load_state_dict(self, state):
         """Take up training where state_dict() was called."""
-        self.step, self.sums = state["step"], Counter(state["sums"])
-        self.train_losses, self.test_losses = state["losses"]
+        self.step = state["step"]
+        self.pass_losses, self.train_losses, self.test_losses = state["losses"]
         self.modules.load_state_dict(state["modules"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.scheduler:
             self.scheduler.load_state_dict(state["scheduler"])
-
 
 class LossModule(nn.Module):
     """A trainer's loss as the forward pass that DistributedDataParallel wants to wrap."""
@@ -1285,51 +1117,57 @@ class LossModule(nn.Module):
         super().__init__()
         self.parts, self.forward = trainer.modules, trainer.loss
 
-
 class VQVAETrainer(Trainer):
-    """Phase 1: batches are pictures (B,3,H,W) in [-1,1]. cfg: a Config with beta and extremes, see
-    compute_loss; options: Trainer's."""
+    """Phase 1: batches are pictures (B,3,H,W) in [-1,1]. options: Trainer's."""
 
     phase = "vqvae"
 
-    def __init__(self, model, optimizer, device, cfg=Config(), **options):
+    def __init__(self, model, optimizer, device, **options):
         super().__init__({"vqvae": model}, optimizer, device, **options)
-        self.model, self.weights = model, (cfg.beta, cfg.extremes)
+        self.model, self.weights = model, (self.cfg.beta, self.cfg.extremes)
 
-    def loss(self, batch):
-        """compute_loss."""
-        z_e, z_q, recon_x = self.model(batch)
-        return compute_loss(batch, recon_x.float(), z_e, z_q, *self.weights), {}
+    def loss(self, x):
+        x = x.to(self.device)
+        z_e, z_q, recon_x = self.model(x)
+        return compute_loss(x, recon_x.float(), z_e, z_q, *self.weights)
 
-    def test(self, test_loader):
-        """measure_reconstruction's figures."""
-        return measure_reconstruction(self.model, test_loader, *self.weights)
-
+    def test(self, batches):
+        return measure_reconstruction(self.model, batches, *self.weights)
 
 class iGPTTrainer(Trainer):
-    """Phase 2: batches are sequences int64 (B,T), see sequence_batches; the last id is PAD. a
-    Config with caption_weight, see target_weights (the test loss weighs all tokens alike); options:
-    Trainer's. Raises InputError if sequence_length does not fit the model's context."""
+    """Phase 2: batches are sequences int64 (B,T), see sequence_batches. options: Trainer's. Raises
+    InputError if vocab_size or sequence_length do not fit the model."""
 
     phase = "igpt"
 
-    def __init__(self, model, optimizer, device, vocab_size, sequence_length, cfg=Config(),
-                 **options):
+    def __init__(self, model, optimizer, device, vocab_size, sequence_length, **options):
         super().__init__({"igpt": model}, optimizer, device, **options)
-        self.model, self.vocab_size, self.caption_weight = model, vocab_size, cfg.caption_weight
-        if sequence_length > model.context_length + 1:  # the last token is a target only
-            raise InputError(f"sequences of {sequence_length} do not fit the model's context")
+        self.model = model
+        # The last token of a sequence is a target only
+        if vocab_size != model.vocab_size or sequence_length > model.context_length + 1:
+            raise InputError(f"{sequence_length} tokens of {vocab_size} do not fit the model")
 
-    def loss(self, batch):
-        """Weighted next-token cross-entropy, nats."""
-        nll = next_token_nll(self.model(batch[:, :-1]), batch)  # (B,T-1)
-        weight = target_weights(batch, self.vocab_size, self.caption_weight)  # (B,T-1)
-        return (nll * weight).sum() / weight.sum(), {}
+    def loss(self, rows):
+        rows = rows.to(self.device)
+        logits = self.model(with_noise(self.model, rows[:, :-1], self.cfg.noise))  # (B,T-1,V)
+        nll = next_token_nll(logits, rows)
+        return weighted_mean(nll, rows, self.model.vocab_size, self.cfg.caption_weight)
 
-    def test(self, test_loader):
-        """measure_prediction's figures."""
-        return measure_prediction(self.model, test_loader)
+    def test(self, batches):
+        return {"loss": measure_prediction(self.model, batches)}
 
+def with_noise(igpt, inputs, most):
+    """Sequences (B,T) -> the same, but of each row's picture tokens a share, drawn from 0 to
+    `most`, are codes from elsewhere in the batch: a model that draws reads its own errors, and
+    should rather heed the caption. Codes are told from words by the codebook, if there is one."""
+    if not most or igpt.codebook is None:
+        return inputs
+    is_code = inputs < len(igpt.codebook)  # (B,T)
+    share = most * torch.rand(len(inputs), 1, device=inputs.device)
+    replace = is_code & (torch.rand(inputs.shape, device=inputs.device) < share)
+    codes = inputs[is_code]
+    others = codes[torch.randint(len(codes), inputs.shape, device=inputs.device)]  # (B,T)
+    return torch.where(replace, others, inputs)
 
 class JointTrainer(Trainer):
     """`single` and phase 3: all at once. Batches are (pictures (B,3,H,W), captions (B,L+1)).
@@ -1339,80 +1177,69 @@ class JointTrainer(Trainer):
     A small lambda does: Adam and Muon learn the transformer as fast, and a large one makes the
     codes predictable instead of exact.
 
-    total: steps of the phase. cfg: a Config with the loss' weights; options: Trainer's.
+    models: Models. total: steps of the phase. options: Trainer's.
     """
 
     TAU = 0.5  # temperature of the soft targets, in mean squared quantization errors
     RAMP = 0.05  # share of `single` in which lambda rises
 
-    def __init__(self, phase, vqvae, igpt, tokenizer, optimizer, device, total, cfg=Config(),
-                 **options):
-        super().__init__({"vqvae": vqvae, "igpt": igpt}, optimizer, device, **options)
-        self.phase, self.vqvae, self.igpt, self.tokenizer = phase, vqvae, igpt, tokenizer
-        self.weights, self.caption_weight = (cfg.beta, cfg.extremes), cfg.caption_weight
-        self.lambda_xent, self.warmup, self.ramp = cfg.lambda_xent, 0, 1
+    def __init__(self, phase, models, optimizer, device, total, **options):
+        modules = {"vqvae": models.vqvae, "igpt": models.igpt}
+        super().__init__(modules, optimizer, device, **options)
+        self.phase, self.models, self.weights = phase, models, (self.cfg.beta, self.cfg.extremes)
+        self.warmup, self.ramp = 0, 1
         if phase == "single":
-            self.warmup, self.ramp = int(cfg.lambda_warmup * total), max(1, int(self.RAMP * total))
+            self.warmup = int(self.cfg.lambda_warmup * total)
+            self.ramp = max(1, int(self.RAMP * total))
 
     def train_mode(self):
         """In phase 3 the iGPT knows these codes: none is restarted or a moving average; they learn
         by gradient alone, slowly."""
         super().train_mode()
-        self.vqvae.codebook.train(self.phase != "finetune")
+        self.models.vqvae.codebook.train(self.phase != "finetune")
 
     def lambda_now(self):
         """lambda at the current step."""
-        return self.lambda_xent * min(1, max(0, (self.step + 1 - self.warmup) / self.ramp))
-
-    def sequences(self, tokens, text_ids):
-        """Tokens (B,h,w) and captions (B,L+1) -> sequences (B,T) in the model's orders."""
-        return mixed_sequences(tokens.flatten(1), text_ids, self.tokenizer, self.igpt.orders)
+        return self.cfg.lambda_xent * min(1, max(0, (self.step + 1 - self.warmup) / self.ramp))
 
     def loss(self, batch):
-        """The joint loss; while lambda is 0 the transformer is not even run."""
-        x, text_ids = batch
-        z_e, z_q, recon_x, tokens = self.vqvae.forward_with_tokens(x)
+        x, text_ids = (part.to(self.device) for part in batch)
+        z_e, z_q, recon_x = self.models.vqvae(x)
         loss = compute_loss(x, recon_x.float(), z_e, z_q, *self.weights)
-        parts = {"vqvae": loss.item(), "lambda": self.lambda_now()}
-        if parts["lambda"]:
-            xent = self.cross_entropy(self.sequences(tokens, text_ids), z_e)
-            parts["xent"] = xent.item()
-            loss = loss + parts["lambda"] * xent
-        return loss, parts
+        if self.lambda_now():  # else the transformer need not even run
+            loss = loss + self.lambda_now() * self.cross_entropy(z_e, text_ids)
+        return loss
 
-    def cross_entropy(self, rows, z_e):
-        """Cross-entropy of sequences (B,T) whose picture tokens came from z_e (B,D,h,w) -> scalar.
+    def cross_entropy(self, z_e, text_ids):
+        """Features z_e (B,D,h,w) and captions (B,L+1) -> the sequences' cross-entropy, a scalar.
 
         The target of a picture token is onehot(code) + soft - sg[soft], where soft is
         softmax(-|z_e - e_k|^2 / tau): in value the code, so the transformer learns the tokens it
         will be asked for; in gradient the soft assignment, so features and codes move to where the
         transformer expects them. (Soft values would teach it to be as unsure as they are.)
         """
-        K = self.vqvae.n_embeddings
-        logits = self.igpt(rows[:, :-1]).float()  # (B,T-1,V)
-        nll = next_token_nll(logits, rows)  # (B,T-1)
-        flat = z_e.movedim(1, -1).flatten(0, 2)  # (B*N,D), in the order of the tokens
-        distance = self.vqvae.codebook.distances(flat)  # (B*N,K)
-        error = summed(distance.detach().amin(1).mean()) / processes()[1]
-        soft = F.softmax(-distance / (self.TAU * error.clamp(min=1e-6)), dim=1)  # (B*N,K)
-        is_code = rows[:, 1:] < K  # (B,T-1), N a row
+        igpt, K = self.models.igpt, self.models.vqvae.n_embeddings
+        distance = self.models.vqvae.codebook.distances(z_e.movedim(1, -1)).flatten(1, 2)  # (B,N,K)
+        rows = mixed_sequences(distance.argmin(-1), text_ids, self.models.tokenizer, igpt.orders)
+        logits = igpt(with_noise(igpt, rows[:, :-1], self.cfg.noise)).float()  # (B,T-1,V)
+        error = summed(distance.detach().amin(-1).mean()) / processes()[1]
+        soft = F.softmax(-distance / (self.TAU * error.clamp(min=1e-6)), dim=-1)  # (B,N,K)
+        is_code = rows[:, 1:] < K  # (B,T-1), N a row, in the order of the features
         log_p = F.log_softmax(logits[is_code].detach(), dim=-1)[:, :K]  # (B*N,K)
-        expected = -((soft - soft.detach()) * log_p).sum(1)  # (B*N,), of value 0
+        expected = -((soft - soft.detach()).flatten(0, 1) * log_p).sum(1)  # (B*N,), of value 0
+        nll = next_token_nll(logits, rows)  # (B,T-1)
         nll = nll + torch.zeros_like(nll).masked_scatter(is_code, expected)
-        weight = target_weights(rows, self.igpt.vocab_size, self.caption_weight)  # (B,T-1)
-        return (nll * weight).sum() / weight.sum()
+        return weighted_mean(nll, rows, igpt.vocab_size, self.cfg.caption_weight)
 
-    def test(self, test_loader):
-        """Figures of both models; loss is their weighted sum."""
-        pictures, rows = [], []
-        for batch in test_loader:
-            x, text_ids = self.to_device(batch)
-            pictures.append(x)
-            rows.append(self.sequences(self.vqvae.get_tokens(x), text_ids))
-        out = measure_reconstruction(self.vqvae, pictures, *self.weights)
-        prediction = measure_prediction(self.igpt, rows)
-        out["loss"] += self.lambda_now() * prediction["loss"]
-        return out | {"nll": prediction["loss"], "accuracy": prediction["accuracy"]}
+    def test(self, batches):
+        vqvae, igpt, rows = self.models.vqvae, self.models.igpt, []
+        pictures, ids = zip(*batches)
+        out = measure_reconstruction(vqvae, pictures, *self.weights)
+        for x, text_ids in zip(pictures, ids):
+            tokens = vqvae.get_tokens(x.to(self.device)).flatten(1).cpu()
+            rows.append(mixed_sequences(tokens, text_ids, self.models.tokenizer, igpt.orders))
+        out["nll"], out["lambda"] = measure_prediction(igpt, rows), self.lambda_now()
+        return out | {"loss": out["loss"] + out["lambda"] * out["nll"]}
 
 
 # --- Regimes: which phases train which models on what (notes B) -----------------------------------
@@ -1422,21 +1249,18 @@ class JointTrainer(Trainer):
 #     multi      as two-stage, then a short fine-tuning of everything (the third phase)
 
 REGIMES = {
-    "two-stage": ("vqvae", "igpt"),
-    "single": ("single",),
-    "multi": ("vqvae", "igpt", "finetune"),
-    "vqvae": ("vqvae",),
-    "igpt": ("igpt",),
-    "finetune": ("finetune",),
+    "two-stage": ("vqvae", "igpt"), "single": ("single",), "multi": ("vqvae", "igpt", "finetune"),
+    "vqvae": ("vqvae",), "igpt": ("igpt",), "finetune": ("finetune",),
 }
 WARMUP = 0.05  # share of a phase in which its learning rates rise
+CODEBOOK, IGPT = 0.3, 0.1  # relative learning rates: codebook in joint training, iGPT in phase 3
 FEW = slice(0, 500)  # test pairs for the figures during training; `eval` takes all
-
 
 @dataclass
 class Data:
     """What the models learn from: pictures uint8 (M,H,W,3), captions lists of str. The VQ-VAE may
     have pictures of its own (the notes keep two files); by default it takes the pairs'."""
+
     train_images: np.ndarray
     test_images: np.ndarray
     train_captions: list
@@ -1447,151 +1271,94 @@ class Data:
     def __post_init__(self):
         if self.vqvae_train is None:
             self.vqvae_train, self.vqvae_test = self.train_images, self.test_images
-        assert self.train_images.dtype == self.vqvae_train.dtype == np.uint8, "want 0..255"
-        assert len(self.train_captions) in (0, len(self.train_images)), "a caption a picture"
 
-
-@dataclass
-class Models:
-    """What has been trained so far. The tokenizer belongs to the iGPT."""
-    vqvae: VQVAE = None
-    igpt: iGPT = None
-    tokenizer: Tokenizer = None
-
-    def check_size(self, images):
-        """Raises InputError unless pictures uint8 (M,H,W,3) are as large as the VQ-VAE's."""
-        if self.vqvae and images.shape[1:3] != self.vqvae.size:
-            raise InputError(f"the model knows {self.vqvae.size} pictures, not {images.shape[1:3]}")
-
-
-def build_vqvae(cfg, images, ema=0.0):
+def new_vqvae(cfg, images, ema):
     """The VQ-VAE of a Config for pictures uint8 (M,H,W,3)."""
-    size, build = images.shape[1:3], VQVAE
+    build, size = VQVAE, images.shape[1:3]
     # Factored colours lie in the four corner tokens, so there must be four
-    if cfg.factored == "on" or cfg.factored == "auto" and min(size) >= 8 and two_colored(images):
+    if min(size) >= 8 and (cfg.factored == "on" or cfg.factored == "auto" and two_colored(images)):
         build = FactoredVQVAE
     torch.manual_seed(cfg.seed)
     return build(cfg.vqvae_dim, cfg.vqvae_K, cfg.vqvae_D, size, ema, cfg.restart)
 
-
-def build_igpt(cfg, vqvae, tokenizer):
+def new_igpt(cfg, vqvae, tokenizer):
     """The iGPT, or parallel predictor, of a Config that fits a VQ-VAE and a Tokenizer."""
-    orders, build = cfg.orders.split(","), iGPT
-    if cfg.predictor == "parallel":
-        orders, build = ["text_image"], functools.partial(ParallelPredictor, vqvae.n_embeddings)
-    length = math.prod(vqvae.grid) + tokenizer.caption_length + 3
+    options = dict(
+        vocab_size=tokenizer.vocab_size, codebook=vqvae.codebook.weight,
+        context_length=vqvae.n_tokens + tokenizer.caption_length + 3,
+        d_model=cfg.d_model, n_heads=cfg.n_heads, n_layers=cfg.n_layers, dropout=cfg.dropout)
     torch.manual_seed(cfg.seed + 1)
-    return build(tokenizer.vocab_size, length, cfg.d_model, cfg.n_heads, cfg.n_layers, cfg.dropout,
-                 vqvae.codebook.weight, orders)
-
-
-def phase_models(phase, cfg, data, models, device):
-    """The Models of a phase: those that the phases before have left, and its own, new."""
-    vqvae, igpt, tokenizer = models.vqvae, models.igpt, models.tokenizer
-    if phase == "vqvae":
-        return Models(build_vqvae(cfg, data.vqvae_train, cfg.ema).to(device))
-    if phase == "single":  # codes learn by gradient here: the transformer has a say in them
-        vqvae = build_vqvae(cfg, data.train_images).to(device)
-    if phase != "finetune":
-        tokenizer = Tokenizer(data.train_captions + data.test_captions, vqvae.n_embeddings)
-        igpt = build_igpt(cfg, vqvae, tokenizer).to(device)
-    vqvae.requires_grad_(phase != "igpt")  # phase 2 leaves encoder and codebook as they are
-    return Models(vqvae, igpt, tokenizer)
-
-
-def phase_length(cfg, phase, n_rows):
-    """-> steps a pass, passes. A length in steps is rounded up to about ten whole passes."""
-    steps, epochs = getattr(cfg, f"{phase}_steps"), getattr(cfg, f"{phase}_epochs")
-    if steps:
-        per_pass = math.ceil(steps / 10)
-        return per_pass, math.ceil(steps / per_pass)
-    batch_size = cfg.igpt_batch_size if phase == "igpt" else cfg.vqvae_batch_size
-    return math.ceil(n_rows / batch_size), epochs
-
-
-def igpt_tokens(cfg, images, n_rows, vqvae, progress):
-    """Pictures (M,H,W,3), of which phase 2 will see n_rows -> their tokens (C*M,N), C copies.
-
-    Half of the copies are augmented: enough against learning a few thousand shapes by heart, and
-    not so much that the model draws what augmentation made. What no step would come to use is not
-    extracted.
-    """
-    copies = min(cfg.copies, math.ceil(n_rows / (2 * len(images))))
-    tokens = [extract_tokens(vqvae, images, None, progress)] * max(1, copies)
-    torch.manual_seed(cfg.seed)
-    for _ in range(copies):
-        tokens.append(extract_tokens(vqvae, images, random_affine, progress))
-    return torch.cat(tokens)
-
-
-def phase_batches(phase, cfg, data, models, per_pass, passes, progress):
-    """-> training batches and test batches of a phase."""
-    train = dict(seed=cfg.seed, per_pass=per_pass)
-    if phase == "vqvae":
-        return (picture_batches(data.vqvae_train, cfg.vqvae_batch_size, **train),
-                picture_batches(data.vqvae_test[FEW], 125))
-    images, test_images, tokenizer = data.train_images, data.test_images[FEW], models.tokenizer
-    ids = tokenizer.encode_batch(data.train_captions)
-    test_ids = tokenizer.encode_batch(data.test_captions[FEW])
-    if phase != "igpt":
-        return (picture_batches(images, cfg.vqvae_batch_size, ids, **train),
-                picture_batches(test_images, 125, test_ids))
-    vqvae, orders, size = models.vqvae.eval(), models.igpt.orders, cfg.igpt_batch_size
-    tokens = igpt_tokens(cfg, images, per_pass * passes * size, vqvae, progress)
-    test_tokens = extract_tokens(vqvae, test_images)
-    return (sequence_batches(tokens, ids, tokenizer, orders, size, **train),
-            sequence_batches(test_tokens, test_ids, tokenizer, orders, 125))
-
+    if cfg.predictor == "parallel":
+        return ParallelPredictor(vqvae.n_embeddings, orders=["text_image"], **options)
+    return iGPT(orders=cfg.orders.split(","), **options)
 
 def use_bf16(precision, device):
     """Train with bfloat16 products? 'auto': where the processor has units for it. -> bool"""
+    if precision == "auto" and device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
     if precision == "auto" and device.type == "cpu":
         return torch.cpu._is_avx512_bf16_supported()
-    if precision == "auto" and device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
     return precision == "bf16"
 
-
-def train_phase(phase, cfg, data, models, device, observer=Observer()):
-    """Train one phase -> Models in eval mode. models: what the phases before have left."""
-    models = phase_models(phase, cfg, data, models, device)
-    vqvae, igpt = models.vqvae, models.igpt
-    modules, factors = {"vqvae": vqvae, "igpt": igpt}, {}  # of the Config's learning rates
-    if phase in modules:
-        modules = {phase: modules[phase]}
-    elif phase == "single":
-        factors = {"codebook": cfg.codebook_lr}
-    else:
-        factors = {"vqvae": cfg.finetune_lr, "codebook": cfg.finetune_lr * cfg.codebook_lr,
-                   "igpt": cfg.finetune_igpt_lr}
-    pictures = data.vqvae_train if phase == "vqvae" else data.train_images
-    per_pass, passes = phase_length(cfg, phase, len(pictures))
-    batches = phase_batches(phase, cfg, data, models, per_pass, passes, observer.progress)
-    total, bf16 = per_pass * passes, use_bf16(cfg.precision, device)
-    optimizer = make_optimizer(cfg, modules, factors, bf16)
-    options = dict(
-        optimizer=optimizer, device=device, cfg=cfg, seed=cfg.seed, bf16=bf16, observer=observer,
-        scheduler=create_cosine_scheduler(optimizer, int(WARMUP * total), total))
+def prepare_phase(phase, cfg, data, models, device):
+    """Models that the phases before have left -> the Models of a phase, its Trainer, and what
+    Trainer.train wants: training batches, test batches and number of passes."""
+    vqvae, igpt, tokenizer = models.vqvae, models.igpt, models.tokenizer
     if phase == "vqvae":
-        trainer = VQVAETrainer(vqvae, **options)
-    elif phase == "igpt":
-        trainer = iGPTTrainer(igpt, vocab_size=igpt.vocab_size,
-                              sequence_length=igpt.context_length, **options)
+        vqvae = new_vqvae(cfg, data.vqvae_train, cfg.ema).to(device)
+    elif phase == "single":  # its codes learn by gradient: the transformer has a say in them
+        vqvae = new_vqvae(cfg, data.train_images, ema=0.0).to(device)
+    if phase in ("igpt", "single"):
+        tokenizer = Tokenizer(data.train_captions + data.test_captions, vqvae.n_embeddings)
+        igpt = new_igpt(cfg, vqvae, tokenizer).to(device)
+    vqvae.requires_grad_(phase != "igpt")  # phase 2 leaves encoder and codebook as they are
+    models = Models(vqvae, igpt, tokenizer)
+
+    # A length in steps is rounded up to about ten whole passes
+    size, passes, order = cfg.batch_size, getattr(cfg, f"{phase}_epochs"), dict(seed=cfg.seed)
+    steps = getattr(cfg, f"{phase}_steps")
+    if steps:
+        order["per_pass"] = math.ceil(steps / 10)
+        passes = math.ceil(steps / order["per_pass"])
+    if phase == "vqvae":
+        loaders = (picture_batches(data.vqvae_train, size, **order),
+                   picture_batches(data.vqvae_test[FEW], 125), passes)
     else:
-        trainer = JointTrainer(phase, vqvae, igpt, models.tokenizer, total=total, **options)
-    observer.on_start(trainer, total)
-    trainer.train(*batches, passes)
-    trainer.modules.eval()
-    return models
+        ids = tokenizer.encode_batch(data.train_captions)
+        test_ids = tokenizer.encode_batch(data.test_captions[FEW])
+        images, test_images = data.train_images, data.test_images[FEW]
+        make, more = picture_batches, ()
+        if phase == "igpt":
+            images, test_images = (extract_tokens(vqvae, x) for x in (images, test_images))
+            make = functools.partial(sequence_batches, tokenizer, igpt.orders)
+        loaders = make(images, size, ids, **order), make(test_images, 125, test_ids), passes
+    trainer = phase_trainer(phase, cfg, models, device, len(loaders[0]) * passes)
+    return models, trainer, loaders
 
+def phase_trainer(phase, cfg, models, device, total):
+    """The Trainer of a phase of `total` steps."""
+    vqvae, igpt = models.vqvae, models.igpt
+    modules, factors = {"vqvae": vqvae, "igpt": igpt}, {"codebook": CODEBOOK}
+    if phase == "finetune":
+        factors = dict(vqvae=cfg.finetune_lr, codebook=cfg.finetune_lr * CODEBOOK, igpt=IGPT)
+    elif phase in modules:
+        modules, factors = {phase: modules[phase]}, {}
+    optimizer = make_optimizer(cfg, modules, factors)
+    scheduler = create_cosine_scheduler(optimizer, int(WARMUP * total), total)
+    options = dict(cfg=cfg, scheduler=scheduler, bf16=use_bf16(cfg.precision, device))
+    if phase == "vqvae":
+        return VQVAETrainer(vqvae, optimizer, device, **options)
+    if phase == "igpt":
+        return iGPTTrainer(igpt, optimizer, device, igpt.vocab_size, igpt.context_length, **options)
+    return JointTrainer(phase, models, optimizer, device, total, **options)
 
-def train_regime(regime, cfg, data, models=Models(), device="cpu", observer=Observer()):
+def train_regime(regime, cfg, data, models=None, device="cpu"):
     """Train one of REGIMES as a Config says, on Data -> Models. models: for a phase alone, what the
-    phases before it have left. Nothing is written to disk, and nothing is said: Part II's train_run
-    does this with progress, checkpoints and resume."""
+    phases before it have left. Nothing is written to disk: Part II's train_run does that."""
+    models = models or Models()
     for phase in REGIMES[regime]:
-        if math.prod(phase_length(cfg, phase, 1)):  # a fine-tuning of no epochs is skipped
-            models = train_phase(phase, cfg, data, models, torch.device(device), observer)
+        models, trainer, loaders = prepare_phase(phase, cfg, data, models, torch.device(device))
+        trainer.train(*loaders)
     return models
 
 
@@ -1599,9 +1366,8 @@ def train_regime(regime, cfg, data, models=Models(), device="cpu", observer=Obse
 #
 # From the inside out: logits become probabilities, probabilities a token, tokens a span
 # (generate), and spans captions, pictures and pairs. Which span comes next is known at every
-# point, so no sample can hold a word in the middle of a picture.
-#     logits_to_probs - sample_token - Decoder - generate - Sampler - generate_from_text ...
-
+# point, so no sample can hold a word in the middle of a picture. Chance is torch's own:
+# torch.manual_seed makes samples repeatable.
 
 def logits_to_probs(logits, temperature=1.0, top_k=0, top_p=1.0):
     """logits (B,S) -> probabilities (B,S). top_k 0 and top_p 1 keep everything."""
@@ -1615,11 +1381,9 @@ def logits_to_probs(logits, temperature=1.0, top_k=0, top_p=1.0):
         ordered, index = probs.sort(dim=-1, descending=True)
         ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered >= top_p, 0.0)
         probs = torch.zeros_like(probs).scatter(-1, index, ordered)
-        probs = probs / probs.sum(-1, keepdim=True)
-    return probs
+    return probs / probs.sum(-1, keepdim=True)
 
-
-def sample_token(logits, how, generator=None):
+def sample_token(logits, how):
     """logits (B,S) -> index into the S, int64 (B,), drawn as the SamplingConfig `how` says."""
     if how.greedy or how.temperature == 0:
         return logits.argmax(-1)
@@ -1627,10 +1391,9 @@ def sample_token(logits, how, generator=None):
     # torch.multinomial draws a number for every token of the vocabulary; one a row is enough.
     # Doubles, so that rounding cannot lead to a token that was ruled out
     cdf = probs.double().cumsum(-1)
-    u = torch.rand(len(cdf), 1, generator=generator, device=cdf.device, dtype=torch.float64)
+    u = torch.rand(len(cdf), 1, device=cdf.device, dtype=torch.float64)
     token = torch.searchsorted(cdf, u * cdf[:, -1:], right=True)[:, 0]
     return token.clamp(max=cdf.shape[1] - 1)
-
 
 class Decoder:
     """B sequences that grow by a token at a time; each token passes through the model once.
@@ -1661,7 +1424,6 @@ class Decoder:
         self.position += 1
         return logits[:, -1]
 
-
 def guide(cond, uncond, how):
     """Guidance without a classifier (Ho & Salimans 2022): logits (B,S) with and without a condition
     -> cond + guidance * (cond - uncond).
@@ -1672,86 +1434,80 @@ def guide(cond, uncond, how):
     hopeless = cond < cond.amax(1, keepdim=True) + math.log(max(how.min_p, 1e-9))
     return (cond + how.guidance * (cond - uncond)).masked_fill(hopeless, -math.inf)
 
-
 @torch.no_grad()
-def generate(model, prompts, n_new, span, how, generator=None, unconditional=None, stop=None):
-    """Continue prompts by n_new tokens, all from one span of the vocabulary -> int64 (B,n_new).
+def generate(model, prompts, n_new, span, how, unconditional=None, closing=False):
+    """Continue prompts by n_new tokens, all from one span of the vocabulary -> int64 (B,n_new). The
+    model is in eval mode afterwards.
 
-    prompts: int64 (B,T). span: (low, high), the only ids allowed; a mark may be among them only as
-    `stop` or if n_new is 1, since what follows is placed as of one span. n_new: at least 1. how: a
-    SamplingConfig. generator: on the model's device. unconditional: for guidance, the prompts
-    without their condition, int64 (B,T'). stop: a token, never the first, after which the rest of a
-    row is that token. Raises InputError for a ParallelPredictor and beyond the context.
+    prompts: int64 (B,T). span: (low, high), the only ids allowed. n_new: at least 1. how: a
+    SamplingConfig. unconditional: for guidance, the prompts without their condition, int64 (B,T').
+    closing: the span's last id ends a row, so it is not the first; what follows it is of no
+    meaning. Raises InputError for a ParallelPredictor and beyond the context.
     """
     if not model.causal:
         raise InputError("a parallel predictor draws pictures from captions and does nothing else")
-    was_training = model.training
-    model.eval()
-    branches = [prompts]
+    decoders, new = [Decoder(model.eval(), prompts, n_new, span)], []
     if unconditional is not None and how.guidance:
-        branches.append(unconditional)
-    decoders = [Decoder(model, p.to(model.norm.weight.device), n_new, span) for p in branches]
-    branches, new = [decoder.logits for decoder in decoders], []
+        decoders.append(Decoder(model, unconditional, n_new, span))
+    branches = [decoder.logits for decoder in decoders]
     for i in range(n_new):
         logits = branches[0] if len(branches) == 1 else guide(*branches, how)
-        if stop is not None and i == 0:  # a caption has at least one word
-            logits[:, stop - span[0]] = -math.inf
-        token = span[0] + sample_token(logits, how, generator)  # (B,)
-        if stop is not None and i:
-            token = token.masked_fill(new[-1] == stop, stop)
-        new.append(token)
+        if closing and i == 0:
+            logits[:, -1] = -math.inf
+        new.append(span[0] + sample_token(logits, how))  # (B,)
         if i + 1 < n_new:  # the last token's successor is not wanted
-            branches = [decoder.step(token) for decoder in decoders]
-    model.train(was_training)
+            branches = [decoder.step(new[-1]) for decoder in decoders]
     return torch.stack(new, 1)
 
+@dataclass
+class Models:
+    """What has been trained, and what it can make. The tokenizer belongs to the iGPT. Prompts must
+    be the beginnings of sequences of the orders that the iGPT was trained on."""
 
-class Sampler:
-    """Pictures, captions and pairs, drawn from an iGPT as a SamplingConfig says.
+    vqvae: VQVAE = None
+    igpt: iGPT = None
+    tokenizer: Tokenizer = None
 
-    n_tokens: N. generator: on the model's device. Raises InputError as generate does.
-    """
+    @property
+    def device(self):
+        """Where the models are."""
+        return self.vqvae.codebook.weight.device
 
-    def __init__(self, model, tokenizer, n_tokens, how=SamplingConfig(), generator=None):
-        self.model, self.tokenizer, self.n_tokens = model, tokenizer, n_tokens
-        self.how, self.generator = how, generator
-
-    def continue_images(self, prompts, n_new, unconditional=None):
+    def continue_images(self, prompts, n_new, how, unconditional=None):
         """Prompts (B,T) in a picture's span -> its next tokens int64 (B,n_new)."""
-        return generate(self.model, prompts, n_new, self.tokenizer.image_span, self.how,
-                        self.generator, unconditional)
+        return generate(self.igpt, prompts, n_new, self.tokenizer.image_span, how, unconditional)
 
-    def continue_captions(self, prompts, n_words):
+    def continue_captions(self, prompts, n_words, how):
         """Prompts (B,T) in a caption's span -> list of B texts of 1 to n_words words."""
-        rows = generate(self.model, prompts, n_words, self.tokenizer.text_span, self.how,
-                        self.generator, stop=self.tokenizer.end_of_text_token)
+        span = self.tokenizer.text_span
+        rows = generate(self.igpt, prompts, n_words, span, how, closing=True)
         return [self.tokenizer.text_decode(row) for row in rows]
 
     @torch.no_grad()
-    def images(self, captions):
+    def images(self, captions, how):
         """B captions -> picture tokens int64 (B,N). Raises InputError as text_encode does."""
-        device, by_length = self.model.norm.weight.device, defaultdict(list)
+        N, by_length = self.vqvae.n_tokens, defaultdict(list)
         for row, caption in enumerate(captions):  # a batch of prompts is of one length
             by_length[len(caption.split())].append(row)
-        out = torch.empty(len(captions), self.n_tokens, dtype=torch.int64, device=device)
+        out = torch.empty(len(captions), N, dtype=torch.int64, device=self.device)
         for rows in by_length.values():
             prompts = torch.stack([text_prompt(self.tokenizer, captions[row]) for row in rows])
-            if self.model.causal:
+            prompts = prompts.to(self.device)  # (rows,T)
+            if self.igpt.causal:
                 # BOS EOT: how a picture begins that no caption precedes; training covers it anyway
                 nothing = image_prompts(self.tokenizer, prompts[:, :0])[:, :2]
-                out[rows] = self.continue_images(prompts, self.n_tokens, nothing)
+                out[rows] = self.continue_images(prompts, N, how, nothing)
             else:  # a ParallelPredictor draws each token by itself
-                logits = self.model.predict(prompts.to(device), self.n_tokens)  # (rows,N,K)
-                tokens = sample_token(logits.flatten(0, 1), self.how, self.generator)
-                out[rows] = tokens.view(-1, self.n_tokens)
+                logits = self.igpt.predict(prompts, N)  # (rows,N,K)
+                out[rows] = sample_token(logits.flatten(0, 1), how).view(-1, N)
         return out
 
-    def captions(self, tokens):
+    def captions(self, tokens, how):
         """Picture tokens (B,N) -> list of B captions."""
-        return self.continue_captions(image_prompts(self.tokenizer, tokens),
-                                      self.tokenizer.caption_length)
+        prompts = image_prompts(self.tokenizer, tokens.to(self.device))
+        return self.continue_captions(prompts, self.tokenizer.caption_length, how)
 
-    def pairs(self, n):
+    def pairs(self, n, how):
         """n pairs from nothing but BOS -> picture tokens (n,N), list of n captions.
 
         The model first chooses between EOT, a picture and then its caption, and EOI, the reverse. A
@@ -1759,65 +1515,103 @@ class Sampler:
         caption is read, and the pair's picture is drawn from that. Guidance makes pairs clearer
         than the model's own: this is no exact sample of its joint distribution.
         """
-        bos = torch.full((n, 1), self.tokenizer.bos_token, device=self.model.norm.weight.device)
-        mark = generate(self.model, bos, 1, self.tokenizer.start_span, self.how, self.generator)
+        t = self.tokenizer
+        bos = torch.full((n, 1), t.bos_token, device=self.device)
+        mark = generate(self.igpt, bos, 1, t.start_span, how)
         prompts, captions = torch.cat([bos, mark], 1), []  # (n,2)
-        picture_first = mark[:, 0] == self.tokenizer.end_of_text_token  # (n,)
+        picture_first = mark[:, 0] == t.end_of_text_token  # (n,)
         if picture_first.any():
-            captions += self.captions(self.continue_images(prompts[picture_first], self.n_tokens))
+            drafts = self.continue_images(prompts[picture_first], self.vqvae.n_tokens, how)
+            captions += self.captions(drafts, how)
         if not picture_first.all():
-            captions += self.continue_captions(prompts[~picture_first],
-                                               self.tokenizer.caption_length)
-        return self.images(captions), captions
-
+            captions += self.continue_captions(prompts[~picture_first], t.caption_length, how)
+        return self.images(captions, how), captions
 
 @torch.no_grad()
-def generate_from_text(model, tokenizer, vqvae, prompt, device, **options):
-    """A caption -> a picture (1,3,H,W) in [-1,1]. options: Sampler's how and generator. Raises
-    InputError as text_encode does."""
-    tokens = Sampler(model, tokenizer, math.prod(vqvae.grid), **options).images([prompt])
-    return vqvae.decode_tokens(tokens.to(device))
+def generate_from_text(model, tokenizer, vqvae, prompt, device, how=SamplingConfig()):
+    """A caption -> a picture (1,3,H,W) in [-1,1]. Raises InputError as text_encode does."""
+    tokens = Models(vqvae, model, tokenizer).images([prompt], how)
+    return vqvae.decode_tokens(tokens).to(device)
 
-
-def generate_from_image(model, tokenizer, vqvae, image, device, **options):
-    """A picture (3,H,W) in [-1,1] -> its caption. options: as above."""
+def generate_from_image(model, tokenizer, vqvae, image, device, how=SamplingConfig()):
+    """A picture (3,H,W) in [-1,1] -> its caption."""
     tokens = vqvae.get_tokens(image[None].to(device)).flatten(1)  # (1,N)
-    return Sampler(model, tokenizer, tokens.shape[1], **options).captions(tokens)[0]
-
+    return Models(vqvae, model, tokenizer).captions(tokens, how)[0]
 
 @torch.no_grad()
-def generate_unconditional(model, tokenizer, vqvae, n_samples, device, **options):
+def generate_unconditional(model, tokenizer, vqvae, n_samples, device, how=SamplingConfig()):
     """n_samples pairs -> pictures (n,3,H,W) in [-1,1] and a list of n captions."""
-    sampler = Sampler(model, tokenizer, math.prod(vqvae.grid), **options)
-    tokens, captions = sampler.pairs(n_samples)
-    return vqvae.decode_tokens(tokens.to(device)), captions
+    tokens, captions = Models(vqvae, model, tokenizer).pairs(n_samples, how)
+    return vqvae.decode_tokens(tokens).to(device), captions
 
 
 # --- Evaluation: what the two models are worth, over the whole test split -------------------------
 
-
-def span_sums(model, tokenizer, tokens, captions, order, n_first=None):
+@torch.no_grad()
+def span_sums(models, tokens, captions, order, n_first=None):
     """Teacher forcing over B pictures' tokens (B,N) and captions in one of the ORDERS, by a model
     in eval mode -> nats, hits and number of the picture's targets, and of the caption's, (2,3,B).
 
     The caption's targets are its words and, where it is short, the EOT that ends it; marks whose
     place is certain count nowhere. n_first: of a picture count no more than the first tokens.
     """
-    t = tokenizer
+    t = models.tokenizer
     rows = make_sequences(tokens, t.encode_batch(captions).to(tokens.device), t, order)
-    targets = rows[:, 1:]
-    image = targets < t.n_embeddings
+    logits, targets = models.igpt(rows[:, :-1]), rows[:, 1:]
+    image = targets < t.n_embeddings  # (B,T-1)
     if n_first:
         image &= image.cumsum(1) <= n_first
     word = (rows >= t.n_embeddings) & (rows < t.end_of_text_token)  # (B,T)
     short = word.sum(1, keepdim=True) < t.caption_length
     text = word[:, 1:] | (targets == t.end_of_text_token) & word[:, :-1] & short
-    both = torch.stack([image, text])[:, None]  # (2,1,B,T-1)
-    nll, hit = predict(model, rows)  # (B,T-1)
-    return (both * torch.stack([nll, hit, torch.ones_like(nll)])).sum(-1)
+    counts = next_token_nll(logits, rows), logits.argmax(-1) == targets, torch.ones_like(targets)
+    spans = torch.stack([image, text])[:, None]  # (2,1,B,T-1)
+    return (spans * torch.stack(counts)).sum(-1)
 
+def compare_captions(found, wanted):
+    """Two lists of captions -> share wholly alike, share of the wanted words found in place; None
+    and None if nothing was read."""
+    if not found:
+        return None, None
+    alike = right = total = 0
+    for a, b in zip(found, wanted):
+        alike += a == b
+        right += sum(map(str.__eq__, a.split(), b.split()))
+        total += len(b.split())
+    return alike / len(wanted), right / total
 
-def likelihoods(model, tokenizer, tokens, captions, n_first=None):
+def evaluate(models, images, captions, how=SamplingConfig(), seed=0):
+    """What both models are worth: all figures of `eval`, over pictures uint8 (M,H,W,3) and M
+    captions -> dict of floats, None where the model was not trained for what is asked."""
+    vqvae, igpt, device = models.vqvae.eval(), models.igpt.eval(), models.device
+    out = measure_reconstruction(vqvae, track(picture_batches(images, 250), "reconstructing"))
+    del out["loss"]
+    torch.manual_seed(seed)
+    sums, texts = defaultdict(float), defaultdict(list)
+    for start in track(range(0, len(images), 250), "evaluating"):
+        wanted = captions[start : start + 250]
+        tokens = extract_tokens(vqvae, images[start : start + 250]).to(device)
+        for order in igpt.orders:
+            sums[order] += span_sums(models, tokens, wanted, order).double().sum(2)  # (2,3)
+        if igpt.causal:  # a parallel predictor does not read
+            texts["caption"] += models.captions(tokens, how.but(greedy=True))
+            for name, drawing in ("exact", how), ("unguided", how.but(guidance=0.0)):
+                # Through pixels: what we read is what a person would be shown
+                made = decode_pictures(vqvae, models.images(wanted, drawing))
+                read = extract_tokens(vqvae, made)
+                texts[name] += models.captions(read, how.but(greedy=True))
+    for order, image, text in (("text_image", "nll_text_to_image", "nll_text"),
+                               ("image_text", "nll_image", "nll_image_to_text")):
+        out[image] = out[text] = hits = None
+        if order in sums:
+            (out[image], hits, _), (out[text], _, _) = (sums[order] / sums[order][:, 2:]).tolist()
+        out.setdefault("code_accuracy", hits)  # of text_image, which comes first
+    exact, slots = compare_captions(texts["caption"], captions)
+    return out | {"caption_exact": exact, "caption_slot_accuracy": slots,
+                  "round_trip_exact": compare_captions(texts["exact"], captions)[0],
+                  "round_trip_unguided": compare_captions(texts["unguided"], captions)[0]}
+
+def likelihoods(models, tokens, captions, n_first=None):
     """B pictures' tokens (B,N) and captions -> nats of log p(picture | caption), log p(caption |
     picture) and log p(pair), each (B,), and numbers of picture and caption targets (B,). NaN where
     the model was not trained on the order that could tell. n_first: see span_sums.
@@ -1825,11 +1619,11 @@ def likelihoods(model, tokenizer, tokens, captions, n_first=None):
     The pair's probability is the mean over the orders in which the model may make it, for it was
     trained on each as often as on the others.
     """
-    if not model.causal:
+    if not models.igpt.causal:
         raise InputError("a parallel predictor cannot tell how likely a caption is")
-    known = {order: span_sums(model, tokenizer, tokens, captions, order, n_first)
-             for order in model.orders}
-    sums = known[model.orders[0]]
+    known = {order: span_sums(models, tokens, captions, order, n_first)
+             for order in models.igpt.orders}
+    sums = known[models.igpt.orders[0]]
     unknown = torch.full_like(sums, math.nan)
     drawn = -known.get("text_image", unknown)[0, 0]
     read = -known.get("image_text", unknown)[1, 0]
@@ -1837,59 +1631,31 @@ def likelihoods(model, tokenizer, tokens, captions, n_first=None):
     return drawn, read, pairs.logsumexp(0) - math.log(len(known)), sums[0, 2], sums[1, 2]
 
 
-def compare_captions(found, wanted):
-    """Two lists of captions -> share wholly alike, share of the wanted words found in place."""
-    alike = sum(map(str.__eq__, found, wanted)) / len(wanted)
-    right = total = 0
-    for a, b in zip(found, wanted):
-        right += sum(map(str.__eq__, a.split(), b.split()))
-        total += len(b.split())
-    return alike, right / total
-
-
-@torch.no_grad()
-def evaluate(vqvae, igpt, tokenizer, images, captions, how, seed=0, progress=quiet):
-    """What both models are worth: all figures of `eval`, over pictures uint8 (M,H,W,3) and M
-    captions -> dict of floats."""
-    vqvae.eval(), igpt.eval()
-    out = measure_reconstruction(vqvae, progress(picture_batches(images, 250), "reconstructing"))
-    del out["loss"]
-    device, sums, texts = igpt.norm.weight.device, defaultdict(float), defaultdict(list)
-    generator = torch.Generator(device).manual_seed(seed)
-
-    def sampler(**changes):
-        config = dataclasses.replace(how, **changes)
-        return Sampler(igpt, tokenizer, math.prod(vqvae.grid), config, generator)
-
-    reader = sampler(greedy=True)
-    for start in progress(range(0, len(images), 250), "evaluating"):
-        wanted = captions[start : start + 250]
-        tokens = extract_tokens(vqvae, images[start : start + 250]).to(device)
-        for order in igpt.orders:
-            sums[order] += span_sums(igpt, tokenizer, tokens, wanted, order).double().sum(2)
-        if igpt.causal:  # a parallel predictor does not read
-            texts["caption"] += reader.captions(tokens)
-            for name, guidance in ("round_trip", how.guidance), ("unguided", 0.0):
-                # Through pixels: what we read is what a person would be shown
-                made = decode_pictures(vqvae, sampler(guidance=guidance).images(wanted))
-                texts[name] += reader.captions(extract_tokens(vqvae, made))
-    for order, names in (("text_image", ("text_to_image", "text")),
-                         ("image_text", ("image", "image_to_text"))):
-        for name, (nats, hits, n) in zip(names, sums[order].tolist() if order in sums else ()):
-            out[f"nll_{name}"] = nats / n
-            if name == "text_to_image":
-                out["code_accuracy"] = hits / n
-    if texts:
-        out["caption_exact"], out["caption_slot_accuracy"] = compare_captions(
-            texts["caption"], captions)
-        out["round_trip_exact"], _ = compare_captions(texts["round_trip"], captions)
-        out["round_trip_unguided"], _ = compare_captions(texts["unguided"], captions)
-    return out
-
-
 # ==================================================================================================
 # Part II: everything else
 # ==================================================================================================
+
+import argparse
+import codecs
+import colorsys
+import contextlib
+import csv
+import hashlib
+import io
+import os
+import pickle
+import pickletools
+import shutil
+import signal
+import struct
+import threading
+from pathlib import Path
+
+try:
+    import fcntl  # file locks; not on Windows
+except ImportError:
+    fcntl = None
+
 
 # --- Drawn digits: the embedded data set ----------------------------------------------------------
 
@@ -1946,7 +1712,6 @@ STROKES = [
     7015 3502 0825 1058 4565 7548 8015! 8255 8899""",
 ]
 
-
 def write_style(style, n, rng):
     """One style of STROKES in n hands -> dots of ink (n,DOTS,2) in about the unit box, and the
     length of path that each stands for (n,DOTS)."""
@@ -1974,7 +1739,6 @@ def write_style(style, n, rng):
         length.append(np.linalg.norm(np.diff(p, axis=1), axis=2))
     return np.concatenate(dots, 1), np.concatenate(length, 1)
 
-
 def place(dots, length, pen, size, rng):
     """Warp and slant the writing, then fit it as MNIST does: 20/28 of the side, centred by mass.
     In: dots (n,DOTS,2), length (n,DOTS), pen radius (n,1) in boxes; out: the same in pixels."""
@@ -1989,7 +1753,6 @@ def place(dots, length, pen, size, rng):
     d = d - np.average(d, axis=1, weights=np.repeat(length[..., None], 2, 2), keepdims=True)
     centre = size / 2 + rng.normal(0, size / 60, (n, 1, 2))
     return d * scale[..., None] + centre, length * scale, pen * scale
-
 
 def ink_dots(xy, length, pen, size, rng):
     """Dots (n,DOTS,2), lengths (n,DOTS), pen radius (n,1), in pixels -> ink (n,size,size) uint8.
@@ -2008,7 +1771,6 @@ def ink_dots(xy, length, pen, size, rng):
     edge = (0.5 + (pen[..., None] - distance) / blur).clip(0, 1)
     return (255 * edge * edge * (3 - 2 * edge) + 0.5).astype(np.uint8)
 
-
 def draw_digits(labels, size, rng):
     """labels (M,) in 0..9, side in pixels, Generator -> ink (M,size,size) uint8, 255 is ink."""
     ink, hand = np.empty((len(labels), size, size), np.uint8), rng.random(len(labels))
@@ -2022,19 +1784,16 @@ def draw_digits(labels, size, rng):
                 ink[rows] = ink_dots(*placed, size, rng)
     return ink
 
-
 DIGITS = "zero one two three four five six seven eight nine".split()
 # The embedded set's palette: hue (in [0,1) round the colour wheel) by shade (saturation, value)
 HUES = dict(red=0, orange=.075, yellow=.16, green=.34, cyan=.5, blue=.63, purple=.77, pink=.9)
 SHADES = dict(light=(0.38, 1.0), plain=(1.0, 0.95), dark=(1.0, 0.5))
-
 
 def palette():
     """24 names 'light red', ... and their RGB values, uint8 (24,3)."""
     pairs = list(itertools.product(SHADES, HUES))
     values = [colorsys.hsv_to_rgb(HUES[hue], *SHADES[shade]) for shade, hue in pairs]
     return list(map(" ".join, pairs)), np.round(255 * np.array(values)).astype(np.uint8)
-
 
 def colorize(ink, labels, rng):
     """Colour grey digits and caption them: 'dark red seven on light blue'. ink uint8 (M,H,W), 255
@@ -2050,7 +1809,6 @@ def colorize(ink, labels, rng):
         captions.append(f"{names[fore]} {DIGITS[digit]} on {names[back]}")
     return images, captions
 
-
 def make_drawn(n_train, n_test, size, seed):
     """The embedded set, digits drawn from pen strokes -> the arrays of drawn.npz: train_images,
     test_images uint8 (M,size,size,3), train_captions, test_captions. Same arguments, same bytes."""
@@ -2063,9 +1821,8 @@ def make_drawn(n_train, n_test, size, seed):
 
 # --- Data: three sources, one result --------------------------------------------------------------
 #
-# Every source gives four arrays, and check_data makes Data of them. Files come from outside: none
-# can run code, and what is wrong with one is said in a line that names it.
-
+# Every source gives training pictures, test pictures and the captions of both, as load_data's Data.
+# Files come from outside: none can run code, and what is wrong with one is said in a line.
 
 @contextlib.contextmanager
 def reading(path, kind):
@@ -2079,7 +1836,6 @@ def reading(path, kind):
     except Exception as error:  # damaged bytes can lead to nearly anything
         why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise InputError(f"{path}: no readable {kind} ({why})") from None
-
 
 class SafeUnpickler(pickle.Unpickler):
     """Unpickles arrays, containers, strings and numbers, and nothing that could run code.
@@ -2099,11 +1855,9 @@ class SafeUnpickler(pickle.Unpickler):
     }
 
     def find_class(self, module, name):
-        """What the pickle shall get for a name; raises InputError unless a data set needs it."""
         if module.split(".")[0] in ("numpy", "_codecs", "collections") and name in self.KNOWN:
             return self.KNOWN[name]
         raise InputError(f"it asks for {module}.{name}, which no picture data needs: refused")
-
 
 def unpickle(path):
     """The content of a pickle of arrays and texts. Raises InputError if it is broken or hostile."""
@@ -2114,155 +1868,129 @@ def unpickle(path):
                 raise ValueError(f"memo {number}")  # the unpickler would make room for as many
         return SafeUnpickler(io.BytesIO(raw)).load()
 
+def to_uint8(images, value_range="auto", name="images"):
+    """Pictures (M,H,W,3) of any accepted value range -> uint8 in 0..255, and the range's name.
 
-def to_uint8(images, name="images", value_range="auto"):
-    """Bring pictures of any accepted value range to 0..255 -> (uint8 array, name of the range).
-
-    images (M,H,W,3): integers 0..3 ('2bit', two bits a channel) or 0..255 ('8bit'), or floats in
-    [0,1] ('unit'). value_range: one of these, or 'auto': the first that the largest value fits.
-    Raises InputError for all else: another shape, H or W not divisible by 4, NaN, other values.
+    Integers 0..3 ('2bit', two bits a channel) or 0..255 ('8bit'), or floats in [0,1] ('unit');
+    'auto' takes the first that the largest value fits. Raises InputError for all else: another
+    shape, H or W not divisible by 4, NaN, fractions above 1.
     """
-    found = getattr(images, "dtype", type(images)), getattr(images, "shape", ())
-    if not isinstance(images, np.ndarray) or images.dtype.kind not in "uif":
-        raise InputError(f"{name}: want an array of numbers (N,H,W,3), found {found}")
-    if images.ndim != 4 or 0 in images.shape or any(np.mod(images.shape[1:], (4, 4, 3))):
-        raise InputError(f"{name}: want (N,H,W,3), H and W divisible by 4, found {found}")
-    floats, low, high = images.dtype.kind == "f", images.min(), images.max()
+    dtype, shape = getattr(images, "dtype", np.dtype("O")), getattr(images, "shape", ())
+    fits = dtype.kind in "uif" and len(shape) == 4 and 0 not in shape
+    if not fits or any(np.mod(shape[1:], (4, 4, 3))):
+        raise InputError(f"{name}: want numbers (N,H,W,3), H and W divisible by 4, found {dtype} "
+                         f"{shape}")
+    floats, low, high = dtype.kind == "f", images.min(), images.max()
     slack = 1e-3 if floats else 0  # an antialiased resize makes 1.0000002
-    limits = {"unit": 1, "2bit": 3, "8bit": 255}
     if value_range == "auto":
-        value_range = "unit" if floats and high <= 1 + slack else "2bit" if high <= 3 else "8bit"
-    limit = limits[value_range]
-    if not (-slack <= low and high <= limit + slack):  # written so that NaN fails, too
+        value_range = "2bit" if high <= 3 else "8bit"
+        if floats and high <= 1 + slack:
+            value_range = "unit"
+    limit = {"unit": 1, "2bit": 3, "8bit": 255}[value_range]
+    fits = -slack <= low and high <= limit + slack  # False for NaN, too
+    if floats and limit > 1:
+        fits = fits and np.abs(images - images.round()).max() <= slack
+    if not fits:
         raise InputError(f"{name}: {low} to {high} does not fit {value_range} (0 to {limit})")
-    if images.dtype == np.uint8 and limit == 255:
-        return np.ascontiguousarray(images), value_range
-    out = np.empty(images.shape, np.uint8)
-    for i in range(0, len(images), 1000):  # in parts, so that no float copy of the set is made
-        part = images[i : i + 1000]
-        if limit > 1 and np.abs(part - part.round()).max() > slack:
-            raise InputError(f"{name}: fractions, {low} to {high}, do not fit {value_range}")
-        out[i : i + 1000] = np.round(part.clip(0, limit) * np.float32(255 / limit))
-    return out, value_range
+    if floats:
+        return np.round(images.clip(0, limit) * (255 // limit)).astype(np.uint8), value_range
+    return np.ascontiguousarray(images.astype(np.uint8) * np.uint8(255 // limit)), value_range
 
+def check_images(train, test, value_range="auto"):
+    """Training and test pictures as to_uint8 has them, the latter in the range of the former."""
+    train, value_range = to_uint8(train, value_range, "training pictures")
+    test, _ = to_uint8(test, value_range, "test pictures")
+    log(f"pictures: {train.shape} to train on, {test.shape} to test, values {value_range}")
+    if train.shape[1:] != test.shape[1:]:
+        raise InputError("pictures of unlike sizes")
+    return train, test
 
-def check_captions(texts, images, name):
+def check_captions(texts, images, name="texts"):
     """A list, tuple or array of captions, one a picture -> list of str, blanks made single."""
-    if not isinstance(texts, (list, tuple, np.ndarray)):
-        raise InputError(f"{name}: want a list of captions, found {type(texts).__name__}")
-    if len(texts) != len(images):
-        raise InputError(f"{name}: {len(texts)} captions for {len(images)} pictures")
+    if not isinstance(texts, (list, tuple, np.ndarray)) or len(texts) != len(images):
+        raise InputError(f"{name}: want a list of {len(images)} captions, one a picture, found "
+                         f"{type(texts).__name__} {np.shape(texts)}")
     for i, text in enumerate(texts):
         if not isinstance(text, str) or not text.split():
             raise InputError(f"{name}: caption {i} is {text!r}, no text of words")
     return [" ".join(text.split()) for text in texts]
 
+PAIRS = ("train_images", "test_images", "train_texts", "test_texts")
 
-def say_nothing(text):
-    """For those who want no log."""
+def check_pairs(data, value_range="auto"):
+    """Four arrays, or a dict of PAIRS -> the same, checked."""
+    if isinstance(data, dict):
+        data = [data[key] for key in PAIRS]
+    train, test, texts, test_texts = data
+    train, test = check_images(train, test, value_range)
+    return (train, test, check_captions(texts, train, "training texts"),
+            check_captions(test_texts, test, "test texts"))
 
-
-def check_images(train, test, names, value_range, log):
-    """Training and test pictures as to_uint8 has them, the latter in the range of the former."""
-    train, value_range = to_uint8(train, names[0], value_range)
-    test, _ = to_uint8(test, names[1], value_range)
-    log(f"{names[0]}: {train.shape}, {names[1]}: {test.shape}, values {value_range}")
-    if train.shape[1:] != test.shape[1:]:
-        raise InputError(f"pictures of unlike sizes: {train.shape[1:3]}, {test.shape[1:3]}")
-    return train, test
-
-
-def load_pickled_data(path, value_range="auto", log=say_nothing):
+def load_pickled_data(path, value_range="auto"):
     """mnist_colored.pkl: a dict with 'train' and 'test' -> two uint8 arrays (M,H,W,3) in 0..255."""
     data = unpickle(path)
     with reading(path, "dict with 'train' and 'test'"):
-        return check_images(data["train"], data["test"], ("train", "test"), value_range, log)
+        return check_images(data["train"], data["test"], value_range)
 
-
-PAIRS = ("train_images", "test_images", "train_texts", "test_texts")
-
-
-def load_colored_mnist_text(path, value_range="auto", log=say_nothing):
+def load_colored_mnist_text(path, value_range="auto"):
     """colored_mnist_with_text.pkl, a 4-tuple or a dict of PAIRS -> train and test pictures uint8
     (M,H,W,3) in 0..255, train and test texts. Raises InputError for all else."""
     data = unpickle(path)
     with reading(path, f"4-tuple or dict with {', '.join(PAIRS)}"):
-        return check_pairs(*([data[key] for key in PAIRS] if isinstance(data, dict) else data),
-                           value_range=value_range, log=log)
-
-
-def check_pairs(train_images, test_images, train_texts, test_texts, value_range, log):
-    """What a file holds -> the same, checked, as load_colored_mnist_text returns it."""
-    train, test = check_images(train_images, test_images, PAIRS[:2], value_range, log)
-    return (train, test, check_captions(train_texts, train, PAIRS[2]),
-            check_captions(test_texts, test, PAIRS[3]))
-
-
-def read_idx(path):
-    """A raw MNIST file (yann.lecun.com/exdb/mnist), gzipped or not -> uint8 array of its shape."""
-    raw = path.read_bytes()
-    if raw[:2] == b"\x1f\x8b":  # whatever its name says; a small file can hold many zeros
-        raw = zlib.decompressobj(31).decompress(raw, 2**30)
-    # Header: two zero bytes, type (8 = uint8), number of axes, each length as big-endian 32 bit
-    shape = struct.unpack_from(f">{raw[3]}I", raw, 4)
-    if raw[:3] != b"\0\0\x08" or 0 in shape:
-        raise InputError(f"not an IDX file of bytes: {raw[:3]}, {shape}")
-    return np.frombuffer(raw, np.uint8, offset=4 + 4 * len(shape)).reshape(shape)
-
+        return check_pairs(data, value_range)
 
 def load_mnist(folder):
-    """The four raw MNIST files, anywhere in a folder, coloured and captioned by us -> as
-    load_colored_mnist_text."""
-    found, rng = [], np.random.default_rng(0)
-    for prefix in ("train", "t10k"):
-        arrays = []
-        for kind in ("images", "labels"):
-            paths = [p for p in sorted(folder.rglob(f"{prefix}-{kind}?idx*")) if p.is_file()]
-            with reading(paths[0] if paths else folder / f"{prefix}-{kind}-idx", "IDX file"):
-                arrays.append(read_idx(paths[0]))
-        ink, labels = arrays
-        with reading(folder, f"{prefix} pictures {ink.shape} with labels {labels.shape}"):
-            found.append(colorize(ink, labels.reshape(len(ink)), rng))
-    (train, texts), (test, test_texts) = found
+    """The four raw MNIST files (yann.lecun.com/exdb/mnist), gzipped or not, anywhere in a folder,
+    coloured and captioned by us -> as load_colored_mnist_text."""
+    found, rng = {}, np.random.default_rng(0)
+    for name in ("train-images", "train-labels", "t10k-images", "t10k-labels"):
+        paths = [path for path in sorted(folder.rglob(f"{name}?idx*")) if path.is_file()]
+        path = paths[0] if paths else folder / f"{name}-idx"
+        with reading(path, "IDX file"):
+            raw = path.read_bytes()
+            if raw[:2] == b"\x1f\x8b":  # whatever its name says; a small file can hold many zeros
+                raw = zlib.decompressobj(31).decompress(raw, 2**30)
+            # Header: two zero bytes, type (8 = uint8), number of axes, each length in 32 bits
+            shape = struct.unpack_from(f">{raw[3]}I", raw, 4)
+            if raw[:3] != b"\0\0\x08" or 0 in shape:
+                raise InputError(f"not an IDX file of bytes: {raw[:3]}, {shape}")
+            found[name] = np.frombuffer(raw, np.uint8, offset=4 + 4 * len(shape)).reshape(shape)
+    with reading(folder, "MNIST: labels and pictures do not fit each other"):
+        train, texts = colorize(found["train-images"], found["train-labels"], rng)
+        test, test_texts = colorize(found["t10k-images"], found["t10k-labels"], rng)
     return train, test, texts, test_texts
-
 
 SOURCES = ("colored_mnist_with_text.pkl", "mnist_colored.pkl", "mnist", "drawn.npz")  # in order
 
-
-def load_data(folder, value_range="auto", log=say_nothing):
+def load_data(folder, value_range="auto"):
     """The data of a folder: the two pickles, else raw MNIST in mnist/, else drawn.npz -> Data,
     without captions if only the pictures of the VQ-VAE are there. Raises InputError if there is
     nothing, if picture sizes differ, and when the readers above do."""
     pairs, pictures, mnist, drawn = (Path(folder) / name for name in SOURCES)
-    if Path(folder).is_file():
-        raise InputError(f"{folder} is a file: name the directory that holds the data")
+    own = load_pickled_data(pictures, value_range) if pictures.exists() else ()
     if pairs.exists():
-        data = load_colored_mnist_text(pairs, value_range, log)
-    elif pictures.exists():
-        data = (*load_pickled_data(pictures, value_range, log), [], [])
+        data = load_colored_mnist_text(pairs, value_range)
+    elif own:
+        data = (*own, [], [])
     elif mnist.is_dir():
         data = load_mnist(mnist)
     elif drawn.exists():
         with reading(drawn, ".npz"), np.load(drawn, allow_pickle=False) as arrays:
-            keys = [key.replace("texts", "captions") for key in PAIRS]
-            data = check_pairs(*(arrays[key] for key in keys), "8bit", log)
+            data = check_pairs([arrays[key.replace("texts", "captions")] for key in PAIRS], "8bit")
     else:
-        raise InputError(f"no data in {folder}: `mmgen.py data --data {folder}` draws some")
-    own = load_pickled_data(pictures, value_range, log) if pictures.exists() else data[:2]
-    if own[0].shape[1:] != data[0].shape[1:]:
+        raise InputError(f"no data in {folder}, which must be a directory: "
+                         f"`mmgen.py data --data {folder}` draws some")
+    if own and own[0].shape[1:] != data[0].shape[1:]:
         raise InputError(f"{folder}: pictures of unlike sizes: {own[0].shape}, {data[0].shape}")
     return Data(*data, *own)
-
 
 def normalize_images(images, method="vqvae", value_range="auto"):
     """Pictures (M,H,W,3) in any accepted range -> float tensor (M,3,H,W), in [-1,1] for method
     'vqvae' and [0,1] for method 'unit'. Raises InputError as to_uint8 does."""
-    x = to_float(torch.from_numpy(to_uint8(images, value_range=value_range)[0]))
     if method not in ("vqvae", "unit"):
         raise InputError(f"unknown method {method!r}: 'vqvae' gives [-1,1], 'unit' gives [0,1]")
+    x = to_float(torch.from_numpy(to_uint8(images, value_range)[0]))
     return x if method == "vqvae" else (x + 1) / 2
-
 
 class DataProcessor:
     """The notes' name for the step from arrays to loaders."""
@@ -2270,17 +1998,16 @@ class DataProcessor:
     @staticmethod
     def prepare_vqvae_data(train_data, test_data, batch_size=128, seed=0):
         """Two arrays (M,H,W,3) in any accepted range -> two Batches of (B,3,H,W) in [-1,1]."""
-        train, test = check_images(train_data, test_data, ("train", "test"), "auto", say_nothing)
+        train, test = check_images(train_data, test_data)
         return picture_batches(train, batch_size, seed=seed), picture_batches(test, batch_size)
-
 
 def create_dataset(images, texts, vqvae, tokenizer, batch_size=128, orders=ORDERS[:2], seed=0):
     """Pictures (M,H,W,3) in any accepted range and M captions -> Batches of sequences int64 (B,T).
     Raises InputError for pictures or captions that do not fit."""
-    images = to_uint8(images)[0]
-    text_ids = tokenizer.encode_batch(check_captions(texts, images, "texts"))
-    return sequence_batches(extract_tokens(vqvae, images), text_ids, tokenizer, orders, batch_size,
-                            seed=seed)
+    images, _ = to_uint8(images)
+    text_ids = tokenizer.encode_batch(check_captions(texts, images))
+    tokens = extract_tokens(vqvae, images)
+    return sequence_batches(tokenizer, orders, tokens, batch_size, text_ids, seed=seed)
 
 
 # --- Files: checkpoints and pictures --------------------------------------------------------------
@@ -2288,9 +2015,8 @@ def create_dataset(images, texts, vqvae, tokenizer, batch_size=128, orders=ORDER
 # Every file is written beside its place and renamed when it is whole; every checkpoint is read
 # without running code and says what it is and what it fits to.
 
-FORMAT = 3  # of checkpoints; raise it whenever an old file would be misread
+FORMAT = 4  # of checkpoints; raise it whenever an old file would be misread
 VQVAE_FILE, IGPT_FILE = "checkpoints/vqvae_model.pth", "checkpoints/igpt_model.pth"  # of a run
-
 
 def atomic_write(path, data):
     """Write bytes beside their place, flush to disk, rename: one sees the old file or the new."""
@@ -2308,13 +2034,11 @@ def atomic_write(path, data):
     finally:
         beside.unlink(missing_ok=True)
 
-
 def save_checkpoint(path, kind, content):
     """A dict of tensors, numbers, strings and containers -> a .pth file that says what it is."""
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, "kind": kind, **content}, buffer)
     atomic_write(path, buffer.getvalue())
-
 
 def load_checkpoint(path, kind):
     """What save_checkpoint wrote, read without running any code. Raises InputError."""
@@ -2324,32 +2048,23 @@ def load_checkpoint(path, kind):
             raise InputError(f"not a {kind} checkpoint of format {FORMAT}")
         return content
 
-
-def fingerprint(tensor):
-    """The first 16 hex digits of the SHA-256 of a tensor's bytes."""
-    return hashlib.sha256(tensor.detach().cpu().contiguous().numpy()).hexdigest()[:16]
-
-
-def save_model(path, kind, model, **more):
-    """A model, also one that torch.compile has wrapped, and what it needs beside itself."""
+def describe(model, **more):
+    """A model, also one that torch.compile has wrapped -> what rebuild needs, and more."""
     model = getattr(model, "_orig_mod", model)
-    save_checkpoint(path, kind, {"class": type(model).__name__, "options": model.options,
-                                 "model": model.state_dict(), **more})
-
+    return {"class": type(model).__name__, "options": model.options, "model": model.state_dict(),
+            **more}
 
 def rebuild(content, **more):
-    """What save_model wrote -> the model in eval mode. more: what options cannot hold."""
+    """What describe told -> the model in eval mode. more: what options cannot hold."""
     known = {build.__name__: build for build in (VQVAE, FactoredVQVAE, iGPT, ParallelPredictor)}
     with torch.device("meta"):  # shapes without memory: a damaged file cannot ask for gigabytes
         model = known[content["class"]](**content["options"], **more)
     model.load_state_dict(content["model"], assign=True)
     return model.float().eval()
 
-
 def save_vqvae(path, vqvae):
     """checkpoints/vqvae_model.pth: constructor arguments and weights."""
-    save_model(path, "vqvae", vqvae)
-
+    save_checkpoint(path, "vqvae", describe(vqvae))
 
 def load_vqvae(path, device="cpu"):
     """-> VQVAE in eval mode. Raises InputError if it is missing, damaged or of another kind."""
@@ -2357,51 +2072,50 @@ def load_vqvae(path, device="cpu"):
     with reading(path, "checkpoint"):
         return rebuild(content).to(device)
 
+def fingerprint(vqvae):
+    """The first 16 hex digits of the SHA-256 of the codebook's bytes."""
+    return hashlib.sha256(vqvae.codebook.weight.detach().cpu().numpy()).hexdigest()[:16]
 
 def save_igpt(path, igpt, tokenizer, vqvae):
     """checkpoints/igpt_model.pth: also the vocabulary, and which codebook its tokens refer to."""
-    save_model(path, "igpt", igpt, words=tokenizer.words, caption_length=tokenizer.caption_length,
-               codebook=fingerprint(vqvae.codebook.weight))
-
+    save_checkpoint(path, "igpt", describe(
+        igpt, words=tokenizer.words, caption_length=tokenizer.caption_length,
+        codebook=fingerprint(vqvae)))
 
 def load_igpt(path, vqvae, device="cpu", any_codes=False):
     """-> iGPT in eval mode and its Tokenizer. Raises InputError also if made for other codes."""
     content, codebook = load_checkpoint(path, "igpt"), vqvae.codebook.weight
     with reading(path, "checkpoint"):
-        if not any_codes and content["codebook"] != fingerprint(codebook):
+        if not any_codes and content["codebook"] != fingerprint(vqvae):
             raise InputError("was trained on the codes of another VQ-VAE than this one")
         tokenizer = Tokenizer([" ".join(content["words"])], vqvae.n_embeddings,
                               content["caption_length"])
-        if "code_in.weight" not in content["model"]:
-            codebook = None
-        igpt = rebuild(content, codebook=codebook)
+        linked = "code_in.weight" in content["model"]
+        igpt = rebuild(content, codebook=codebook if linked else None)
         if tokenizer.vocab_size != igpt.vocab_size:
             raise InputError("its vocabulary is damaged")
         return igpt.to(device), tokenizer
 
-
-def ppm_bytes(image):
-    """uint8 (H,W,3) -> a binary PPM file."""
-    return b"P6\n%d %d\n255\n" % (image.shape[1], image.shape[0]) + image.tobytes()
-
-
-def png_bytes(image):
-    """uint8 (H,W,3) -> a PNG file: header, compressed rows (each behind filter type 0), end."""
-    rows = np.pad(image.reshape(len(image), -1), ((0, 0), (1, 0)))  # (H,1+3W)
-    head = struct.pack(">IIBBBBB", image.shape[1], image.shape[0], 8, 2, 0, 0, 0)  # 8 bits, RGB
+def encode_picture(image, suffix=".ppm"):
+    """uint8 (H,W,3) -> a file: a binary PPM or, for suffix .png, a PNG (header, compressed rows,
+    each behind filter type 0, end)."""
+    height, width, _ = image.shape
+    if suffix != ".png":
+        return b"P6\n%d %d\n255\n" % (width, height) + image.tobytes()
+    rows = np.pad(image.reshape(height, -1), ((0, 0), (1, 0)))  # (H,1+3W)
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)  # 8 bits, RGB
     out = b"\x89PNG\r\n\x1a\n"
     for chunk in b"IHDR" + head, b"IDAT" + zlib.compress(rows.tobytes(), 9), b"IEND":
         out += struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
     return out
-
 
 def read_pictures(path):
     """--image: .npy uint8 (H,W,3) or (N,H,W,3), or a binary PPM (P6, 8 bits) -> uint8 (N,H,W,3)."""
     with reading(path, "picture, neither .npy nor a binary PPM (P6)"):
         raw = Path(path).read_bytes()
         # P6, width, height, largest value, a blank, pixels; in between blanks and comment lines
-        header = re.match(rb"P6" + rb"(?:\s|#[^\n]*\n)+(\d{1,5})" * 2
-                          + rb"(?:\s|#[^\n]*\n)+255\s", raw)
+        gap = rb"(?:\s|#[^\n]*\n)+"
+        header = re.match(rb"P6" + (gap + rb"(\d{1,5})") * 2 + gap + rb"255\s", raw)
         if header:
             shape = int(header[2]), int(header[1]), 3
             images = np.frombuffer(raw, np.uint8, math.prod(shape), header.end()).reshape(shape)
@@ -2409,41 +2123,34 @@ def read_pictures(path):
             images = np.load(path, allow_pickle=False)
         images = images[None] if images.ndim == 3 else images
         if images.dtype != np.uint8 or images.shape[3:] != (3,) or not images.size:
-            raise InputError(f"want uint8 (H,W,3) or (N,H,W,3), found {images.dtype} "
-                             f"{images.shape}")
+            raise InputError(f"want uint8 (N,H,W,3), found {images.dtype} {images.shape}")
         return images.copy()
-
 
 def picture_grid(images, scale=2, together=1):
     """uint8 (N,H,W,3) -> one about square picture, each enlarged `scale` times, on grey. together:
     so many neighbours, the samples of one prompt, are not torn apart by the end of a row."""
     N, H, W, _ = images.shape
     columns = together * math.ceil(math.sqrt(N) / together)
-    h, w = H * scale + 2, W * scale + 2  # of a tile
-    canvas = np.full((math.ceil(N / columns) * h, columns * w, 3), 128, np.uint8)
-    for i, image in enumerate(images):
-        top, left = i // columns * h + 1, i % columns * w + 1
-        canvas[top : top + h - 2, left : left + w - 2] = image.repeat(scale, 0).repeat(scale, 1)
-    return canvas
-
+    rows = math.ceil(N / columns)
+    tiles = np.full((rows * columns, H * scale + 2, W * scale + 2, 3), 128, np.uint8)
+    tiles[:N, 1:-1, 1:-1] = images.repeat(scale, 1).repeat(scale, 2)
+    tiles = tiles.reshape(rows, columns, *tiles.shape[1:]).swapaxes(1, 2)  # (rows,h,columns,w,3)
+    return tiles.reshape(rows * tiles.shape[1], -1, 3)
 
 def sample_paths(prefix):
     """--out PREFIX -> PREFIX.ppm (PREFIX itself, if it ends in .png), PREFIX.npy, PREFIX.txt."""
     base, suffix = re.fullmatch(r"(.*?)(\.png|\.ppm)?", str(prefix)).groups(".ppm")
     return tuple(Path(base + end) for end in (suffix, ".npy", ".txt"))
 
-
 def save_samples(prefix, images, captions, together=1):
     """Write a picture_grid, the pictures uint8 (N,H,W,3) and a caption a line to sample_paths.
     Returns the grid's path."""
     buffer, (grid, pictures, texts) = io.BytesIO(), sample_paths(prefix)
     np.save(buffer, images)
-    encode = png_bytes if grid.suffix == ".png" else ppm_bytes
-    atomic_write(grid, encode(picture_grid(images, together=together)))
+    atomic_write(grid, encode_picture(picture_grid(images, together=together), grid.suffix))
     atomic_write(pictures, buffer.getvalue())
     atomic_write(texts, "".join(f"{caption}\n" for caption in captions).encode())
     return grid
-
 
 def show_in_terminal(images, captions):
     """Draw pictures uint8 (N,H,W,3), two pixels a character (upper half block), captions below."""
@@ -2460,175 +2167,143 @@ def show_in_terminal(images, captions):
         print("".join(text.ljust(column) for text in captions[start : start + per_row]) + "\n")
 
 
-# --- Runs: progress, saved state, curves, resume --------------------------------------------------
-#
-# train_run takes the phases of a regime one by one; Run looks on: it prints, saves the state for
-# --resume, notices Ctrl-C, and writes the table and the picture of the curves.
+# --- Runs: a directory with checkpoints, curves and the state for --resume ------------------------
 
 # Which files each phase makes anew, and on whose work a phase can go on
 MAKES = dict(vqvae=[VQVAE_FILE], igpt=[IGPT_FILE], single=[VQVAE_FILE, IGPT_FILE], finetune=[])
 FOLLOWS = dict(igpt=("vqvae", "single"), finetune=("vqvae", "single", "igpt"))
 SAVE_SECONDS = 15  # how often the state for --resume is written: what a kill costs at most
 
+class Run:
+    """A run directory during training. checkpoints/state.pth holds all that the rest of the run
+    depends on: the settings, the phases that are done, the rows of the curves' table, the trainer's
+    state, and whether the run is complete.
 
-def log(text):
-    """A line for the user on stderr; stdout is for results."""
-    if processes()[0] == 0:
-        print(text, file=sys.stderr, flush=True)
-
-
-def show_progress(items, what):
-    """The items of an iterable with a length; every five seconds a line says how far they are."""
-    shown = time.monotonic()
-    for i, item in enumerate(items):
-        if time.monotonic() - shown > 5:
-            shown = time.monotonic()
-            log(f"{what}: {i}/{len(items)}")
-        yield item
-
-
-class Run(Observer):
-    """A run directory during training: what is done, what is shown, what is saved.
-
-    checkpoints/state.pth holds all that the rest of the run depends on; --resume goes on from it.
+    Raises InputError if the directory holds a run and neither resume nor overwrite are given, if
+    the settings of the run to resume are others, and if another training is at work there.
     """
 
-    progress = staticmethod(show_progress)
-
-    def __init__(self, folder, regime, cfg, data):
-        self.folder, self.state_path = folder, folder / "checkpoints" / "state.pth"
+    def __init__(self, folder, regime, cfg, data, resume=False, overwrite=False):
+        self.folder, self.state_path = Path(folder), Path(folder) / "checkpoints" / "state.pth"
         texts = "\n".join(data.train_captions + data.test_captions).encode()
         data_hash = zlib.crc32(data.vqvae_train, zlib.crc32(data.train_images, zlib.crc32(texts)))
-        self.settings = {"regime": regime, **dataclasses.asdict(cfg), "data": data_hash}
-        self.done, self.rows, self.trainer_state = [], [], None
-        self.signal = self.total = self.first_step = 0
-        self.started = self.saved = self.shown = time.monotonic()
-        self.live = sys.stderr.isatty() and processes()[0] == 0
+        settings = {"regime": regime, **vars(cfg), "data": data_hash}
+        state = {"settings": None, "done": [], "rows": [], "trainer": None, "complete": True}
+        with reading(folder, "run"):
+            if self.state_path.exists():
+                loaded = load_checkpoint(self.state_path, "state")
+                state = {key: loaded[key] for key in state}
+            if resume and state["settings"]:
+                for key, value in settings.items():
+                    if value != state["settings"].get(key):
+                        raise InputError(f"cannot resume, {key} is {value}, the run's is "
+                                         f"{state['settings'].get(key)}: repeat flags and data")
+            else:
+                self.start_anew(state, REGIMES[regime], overwrite)
+        self.state, self.signal, self.saved = state | {"settings": settings}, 0, time.monotonic()
+        self.lock = self.take_lock()
 
-    def begin(self, resume, overwrite):
-        """Decide between a new run and the rest of an old one -> is there anything to do?
+    def start_anew(self, state, phases, overwrite):
+        """Prepare an old state for a new run, unless that would replace anything unasked."""
+        names = itertools.chain(*(MAKES[phase] for phase in phases))
+        taken = any((self.folder / name).exists() for name in names)
+        if not overwrite and (taken or not state["complete"] or set(phases) & {*state["done"]}):
+            raise InputError("holds a run that this would replace: --resume it, --overwrite it, "
+                             "or choose another --run")
+        # A run may be made one phase at a time: what came before is left, the rest is stale
+        before = FOLLOWS.get(phases[0], ())
+        state["done"] = [phase for phase in state["done"] if phase in before]
+        state["rows"] = [row for row in state["rows"] if row["phase"] in before]
+        state.update(trainer=None, complete=False)
 
-        Raises InputError if there is a run and neither flag was given, or its settings are others.
-        """
-        state = {"settings": None, "done": [], "rows": [], "complete": True}
-        if self.state_path.exists():
-            state = load_checkpoint(self.state_path, "state")
-        phases = REGIMES[self.settings["regime"]]
-        with reading(self.folder, "run"):
-            theirs = state["settings"]
-            if resume and theirs:
-                unlike = [f"{key} is {value}, the run's is {theirs.get(key)}"
-                          for key, value in self.settings.items() if value != theirs.get(key)]
-                if unlike:
-                    raise InputError(f"cannot resume, {'; '.join(unlike)}: repeat flags and data")
-                self.done, self.rows = state["done"], state["rows"]
-                self.trainer_state = state["trainer"]
-                return not state["complete"]
-            names = itertools.chain(*(MAKES[phase] for phase in phases))
-            taken = any((self.folder / name).exists() for name in names)
-            if not overwrite and (taken or not state["complete"] or set(phases) & {*state["done"]}):
-                raise InputError("holds a run that this would replace: --resume it, --overwrite "
-                                 "it, or choose another --run")
-            # A run may be made one phase at a time: what came before is left, the rest is stale
-            before = FOLLOWS.get(phases[0], ())
-            self.done = [phase for phase in state["done"] if phase in before]
-            self.rows = [row for row in state["rows"] if row["phase"] in self.done]
-        return True
+    def take_lock(self):
+        """-> the open file that keeps other processes out; the system frees it after a kill."""
+        self.state_path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(self.state_path.with_name(".lock"), "w")
+        try:
+            if fcntl and processes()[0] == 0:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"another training is at work in {self.folder}") from None
+        except OSError as error:  # not every file system has locks
+            log(f"warning: {self.folder} cannot be locked ({error.strerror})")
+        return file
 
-    def save(self, trainer=None, complete=False):
-        """Write the state: of the trainer at its step, or between phases."""
-        self.saved = time.monotonic()
-        save_checkpoint(self.state_path, "state", {
-            "settings": self.settings, "done": self.done, "rows": self.rows, "complete": complete,
-            "trainer": trainer and trainer.state_dict()})
+    def save(self, **changes):
+        """Write the state, some of it new."""
+        self.saved, self.state = time.monotonic(), self.state | changes
+        save_checkpoint(self.state_path, "state", self.state)
 
-    def on_start(self, trainer, n_steps):
+    def restore(self, trainer):
         """Hand the saved state to the trainer, if it is of this phase."""
-        state, self.trainer_state = self.trainer_state, None
+        state = self.state["trainer"]
         with reading(self.state_path, "state, --overwrite starts anew"):
             if state and state["phase"] == trainer.phase:
                 trainer.load_state_dict(state)
                 log(f"resumed {trainer.phase} at step {trainer.step}")
-        if self.settings["compile"]:
-            try_compile(trainer.modules)
-        self.save(trainer)
-        self.total, self.first_step, self.started = n_steps, trainer.step, time.monotonic()
+        self.save(trainer=trainer.state_dict())
 
-    def pace(self, trainer):
-        """-> phase, step, steps a second and time left as text."""
-        rate = (trainer.step - self.first_step) / max(time.monotonic() - self.started, 1e-9)
-        left = int((self.total - trainer.step) / max(rate, 1e-9)) if rate else 0
-        step = f"{trainer.step}/{self.total}"
-        return f"{trainer.phase:8} {step:>11} {rate:6.2f}/s {left // 60:3}:{left % 60:02} left"
+    def stop(self, number, frame):
+        """A signal's handler: let the step end and save; a second signal ends the process."""
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)
+        log("stopping after this step; once more to stop at once")
 
     def on_step(self, trainer):
-        """Signals, state, progress."""
+        """Before each step: save from time to time, and when asked to stop."""
         if dist.is_initialized():  # all processes stop after the same step
             number = torch.tensor(self.signal, device=trainer.device)
             dist.all_reduce(number, dist.ReduceOp.MAX)
             self.signal = int(number)
-        now = time.monotonic()
-        if self.signal or now - self.saved > SAVE_SECONDS:
-            self.save(trainer)
+        if self.signal or time.monotonic() - self.saved > SAVE_SECONDS:
+            self.save(trainer=trainer.state_dict())
         self.stop_if_asked()
-        if self.live and now - self.shown > 0.2:
-            self.shown = now
-            line = f"\r{self.pace(trainer)}  loss {trainer.last_loss:.4f}\x1b[K"
-            print(line, end="", file=sys.stderr, flush=True)
 
     def stop_if_asked(self):
         """After Ctrl-C or SIGTERM: exit with the status the shell expects."""
         if self.signal:
-            log(f"\nstopped, {self.folder} is saved: --resume goes on from here")
+            log(f"stopped, {self.folder} is saved: --resume goes on from here")
             raise SystemExit(128 + self.signal)
 
-    def on_pass(self, trainer, row):
-        """A line of figures, the table and the curves."""
-        figures = [f"{key.removeprefix('test_')} {value:.4f}" for key, value in row.items()
-                   if key.startswith("test_") or key == "train_loss"]
-        clear = "\r\x1b[K" if self.live else ""
-        log(f"{clear}{self.pace(trainer)}  {'  '.join(figures)}")
-        self.rows.append({**row, "seconds": round(time.monotonic() - self.started, 1)})
-        text = io.StringIO()
-        columns = dict.fromkeys(itertools.chain(*self.rows))
-        writer = csv.DictWriter(text, columns, lineterminator="\n")
+    def on_pass(self, row):
+        """After each pass: write the table and the picture of the curves."""
+        rows, text = self.state["rows"], io.StringIO()
+        rows.append(row)
+        writer = csv.DictWriter(text, dict.fromkeys(itertools.chain(*rows)), lineterminator="\n")
         writer.writeheader()
-        writer.writerows(self.rows)
+        writer.writerows(rows)
         curves = self.folder / "results" / "training_curves"
         atomic_write(curves.with_suffix(".csv"), text.getvalue().encode())
-        atomic_write(curves.with_suffix(".ppm"), ppm_bytes(draw_curves(self.rows)))
+        atomic_write(curves.with_suffix(".ppm"), encode_picture(draw_curves(rows)))
 
-    @contextlib.contextmanager
-    def at_work(self):
-        """Within: no other process may train in this directory (raises InputError if one does; the
-        system frees the lock of a process that was killed), and Ctrl-C and SIGTERM let the step
-        end, save, and exit with 130 or 143; a second one exits at once."""
-
-        def handler(number, frame):
-            if self.signal:
-                raise SystemExit(128 + number)
-            self.signal = number
-            log("\nstopping after this step; once more to stop at once")
-
-        self.state_path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.state_path.with_name(".lock"), "w") as file:
-            try:
-                if fcntl and processes()[0] == 0:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise InputError(f"another training is at work in {self.folder}") from None
-            except OSError as error:  # not every file system has locks
-                log(f"warning: {self.folder} cannot be locked ({error.strerror})")
-            if threading.current_thread() is not threading.main_thread():  # no handlers elsewhere
-                yield
-                return
-            old = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
-            try:
-                yield
-            finally:
-                for number, previous in old.items():
-                    signal.signal(number, previous)
-
+    def train(self, cfg, data, device, compiled=False):
+        """Train the phases that are not done yet -> Models."""
+        models, done, regime = None, self.state["done"], self.state["settings"]["regime"]
+        for phase in REGIMES[regime]:
+            if phase in done:
+                continue
+            started = time.monotonic()
+            if models is None:  # a kill while both were written can leave a pair that does not fit;
+                any_codes = self.state["trainer"] is not None  # the state then replaces both
+                models = load_models(self.folder, device, phase, any_codes)
+                check_size(models, data.train_images)
+            models, trainer, loaders = prepare_phase(phase, cfg, data, models, device)
+            self.restore(trainer)
+            if compiled:
+                try_compile(trainer.modules)
+            trainer.train(*loaders, self.on_step, self.on_pass)
+            if phase != "igpt":
+                save_vqvae(self.folder / VQVAE_FILE, models.vqvae)
+            if phase != "vqvae":
+                save_igpt(self.folder / IGPT_FILE, models.igpt, models.tokenizer, models.vqvae)
+            done.append(phase)
+            self.save(trainer=None)
+            if phase != "igpt":
+                report_codebook(models.vqvae, data.vqvae_test, self.folder / "results")
+            log(f"{phase}: {trainer.step} steps, {time.monotonic() - started:.0f} s")
+            self.stop_if_asked()
+        # Perhaps all that was left to do is to finish
+        return models or load_models(self.folder, device, "igpt" if regime == "vqvae" else None)
 
 def try_compile(modules):
     """torch.compile the modules in place, or say in one line why not."""
@@ -2639,47 +2314,27 @@ def try_compile(modules):
     except Exception as error:  # every backend fails in its own way
         log(f"--compile: not here ({type(error).__name__}); going on without")
 
-
-# A glyph is five rows of three pixels, an octal digit each: 7 is all three, 4 the left one
-FONT = dict(zip("0123456789.-aefgilnopqrstuv", (
-    "75557 26227 71747 71717 55711 74717 74757 71111 75757 75717 00002 00700 25755 74647 74644 "
-    "74557 72227 44447 65555 75557 75744 75571 65655 34216 72222 55557 55552").split()))
-
-
-def write_text(canvas, x, y, text, color=(0, 0, 0)):
-    """Write on a picture uint8 (H,W,3), 8 pixels a letter, its upper left corner at (x, y)."""
-    for i, letter in enumerate(text):
-        rows = np.array([list(f"{int(row):03b}") for row in FONT.get(letter, "00000")]) == "1"
-        ink = rows.repeat(2, 0).repeat(2, 1)  # (10,6)
-        canvas[y : y + 10, x + 8 * i : x + 8 * i + 6][ink] = color
-
-
 def draw_curves(rows, height=300, panel=360):
-    """Training (grey) and test loss (red), a panel a phase, each on its own scale, with its largest
-    and smallest loss -> uint8 (height,width,3)."""
+    """Training (grey) and test loss (red), a panel a phase, each on its own scale -> uint8
+    (height,width,3)."""
     phases = list(dict.fromkeys(row["phase"] for row in rows))
     canvas = np.full((height, panel * len(phases), 3), 255, np.uint8)
     for i, phase in enumerate(phases):
         here = [row for row in rows if row["phase"] == phase]
-        left, steps = i * panel, [row["step"] for row in here]
-        losses = {name: [row.get(f"{name}_loss", math.nan) for row in here]
-                  for name in ("train", "test")}
-        low, high = np.nanmin(list(losses.values())), np.nanmax(list(losses.values()))
-        write_text(canvas, left + 8, 8, f"{phase} 0-{steps[-1]} {low:.4f}-{high:.4f}")
-        for name, color in ("train", (140,) * 3), ("test", (200, 40, 40)):
-            x = np.linspace(8, panel - 8, 4000)  # so close that the line has no gaps
-            y = np.interp(x, np.array(steps) * (panel - 16) / steps[-1] + 8, losses[name])
-            y = height - 12 - (y - low) / max(high - low, 1e-9) * (height - 50)
-            for down in (0, 1) if np.isfinite(y).all() else ():
-                canvas[y.astype(int) + down, left + x.astype(int)] = color
+        steps = np.array([row["step"] for row in here])
+        losses = np.array([(row["train_loss"], row["test_loss"]) for row in here]).T  # (2,passes)
+        x = np.linspace(8, panel - 8, 4000)  # so close that the line has no gaps
+        for loss, color in zip(losses, ((140, 140, 140), (200, 40, 40))):
+            y = np.interp(x, steps * (panel - 16) / steps[-1] + 8, loss)
+            y = height - 12 - (y - losses.min()) / max(np.ptp(losses), 1e-9) * (height - 20)
+            for down in (0, 1):  # two pixels thick
+                canvas[y.astype(int) + down, i * panel + x.astype(int)] = color
     return canvas
 
-
-def report_codebook(vqvae, images, path):
+def report_codebook(vqvae, images, folder):
     """After a phase that trained the VQ-VAE: is it good enough to go on? Over the whole test set;
-    32 originals, each with its reconstruction at its right, go to a picture at `path`."""
-    m = measure_reconstruction(
-        vqvae, show_progress(picture_batches(images, 250), "measuring the VQ-VAE"))
+    32 originals, each with its reconstruction at its right, go to folder/reconstructions.ppm."""
+    m = measure_reconstruction(vqvae, track(picture_batches(images, 250), "measuring the VQ-VAE"))
     log(f"VQ-VAE over {len(images)} test pictures: recon MSE {m['recon_mse']:.4f} (PSNR "
         f"{m['recon_psnr']:.1f} dB), {m['codebook_used']:.0%} of the codes used, perplexity "
         f"{m['codebook_perplexity']:.1f}")
@@ -2688,60 +2343,23 @@ def report_codebook(vqvae, images, path):
             "raise --beta, or try --ema 0.99 (in phase 1)")
     some = images[:32]
     pairs = np.stack([some, decode_pictures(vqvae, extract_tokens(vqvae, some))], 1)
-    atomic_write(path, ppm_bytes(picture_grid(pairs.reshape(-1, *some.shape[1:]), together=2)))
+    grid = picture_grid(pairs.reshape(-1, *some.shape[1:]), together=2)
+    atomic_write(folder / "reconstructions.ppm", encode_picture(grid))
 
+def check_size(models, images):
+    """Raises InputError unless pictures uint8 (M,H,W,3) are as large as the VQ-VAE's, if any."""
+    if models.vqvae and images.shape[1:3] != models.vqvae.size:
+        raise InputError(f"the model knows {models.vqvae.size} pictures, not {images.shape[1:3]}")
 
-def load_models(folder, device, phase="finetune", any_codes=False):
-    """What is in a run directory that a phase goes on from -> Models. any_codes: see load_igpt."""
-    if phase not in FOLLOWS:
+def load_models(folder, device, phase=None, any_codes=False):
+    """What is in a run directory, or what of it a phase goes on from -> Models. any_codes: see
+    load_igpt."""
+    if phase in ("vqvae", "single"):
         return Models()
-    vqvae = load_vqvae(folder / VQVAE_FILE, device)
+    vqvae = load_vqvae(Path(folder) / VQVAE_FILE, device)
     if phase == "igpt":
         return Models(vqvae)
-    return Models(vqvae, *load_igpt(folder / IGPT_FILE, vqvae, device, any_codes))
-
-
-def train_run(folder, regime, cfg, data, device, resume=False, overwrite=False, finish=None):
-    """Train the phases of a regime into a run directory -> Models, or None if the run was complete
-    already. finish(models) is called before the run counts as complete."""
-    run, models = Run(Path(folder), regime, cfg, data), None
-    phases = [phase for phase in REGIMES[regime] if math.prod(phase_length(cfg, phase, 1))]
-    if set(REGIMES[regime]) - {"finetune"} - set(phases):
-        raise InputError(f"--phase {regime} with a length of 0: only finetune can be skipped")
-    if regime != "vqvae" and not data.train_captions:
-        raise InputError(f"--phase {regime} needs captions: there is no {SOURCES[0]}")
-    if not run.begin(resume, overwrite):
-        log(f"the run in {folder} is finished")
-        return None
-    if dist.is_initialized():
-        dist.barrier()  # all have read the state before the first process writes a new one
-    with run.at_work():
-        for phase in phases:
-            if phase in run.done:
-                continue
-            started = time.monotonic()
-            if models is None:  # a kill while both were written can leave a pair that does not fit;
-                any_codes = run.trainer_state is not None  # the state then replaces their weights
-                models = load_models(run.folder, device, phase, any_codes)
-                models.check_size(data.train_images)
-            models = train_phase(phase, cfg, data, models, device, run)
-            if phase != "igpt":
-                save_vqvae(run.folder / VQVAE_FILE, models.vqvae)
-            if phase != "vqvae":
-                save_igpt(run.folder / IGPT_FILE, models.igpt, models.tokenizer, models.vqvae)
-            run.done.append(phase)
-            run.save()
-            if phase != "igpt":
-                report_codebook(models.vqvae, data.vqvae_test,
-                                run.folder / "results" / "reconstructions.ppm")
-            log(f"{phase}: {run.total} steps in {time.monotonic() - started:.0f} s")
-            run.stop_if_asked()
-    if models is None:  # all that was left to do is to finish
-        models = load_models(run.folder, device, "igpt" if regime == "vqvae" else "finetune")
-    if finish:
-        finish(models)
-    run.save(complete=True)
-    return models
+    return Models(vqvae, *load_igpt(Path(folder) / IGPT_FILE, vqvae, device, any_codes))
 
 
 # --- Commands: flags become Settings, the work is done by the functions above ---------------------
@@ -2750,28 +2368,36 @@ def train_run(folder, regime, cfg, data, device, resume=False, overwrite=False, 
 
 SAMPLE_NAMES = dict(text="text_conditioned_samples", image="image_conditioned_samples",
                     unconditional="unconditional_samples")
-PRESETS = ("full", "laptop", "tiny")
 
+class Options(Settings):
+    """The flags of all commands beside those of Config and SamplingConfig."""
 
-@dataclass
-class DataOptions(Settings):
-    """Flags of `data`."""
-    data: Path = knob(Path("data"), "directory")
-    train: int = knob(60_000, "pairs to train on", 1)
-    test: int = knob(2_000, "pairs to test on", 1)
-    size: int = knob(28, "height and width, divisible by 4", 16, 256)
-    seed: int = knob(0, "same seed, same bytes", high=2**31)
-
-
-@dataclass
-class RunOptions(Settings):
-    """Flags of all other commands."""
-    data: Path = knob(Path("data"), "directory of the data")
-    run: Path = knob(Path("."), "directory of the run")
-    threads: int = knob(None, "CPU threads (default: torch's choice, one a core)", 1, 1024)
-    device: str = knob("auto", "cpu, cuda ...; auto: cuda if there is any")
-    value_range: str = knob("auto", "values of the pictures in pickles: 0-3, 0-255 or 0-1",
-                            choices=("auto", "2bit", "8bit", "unit"))
+    table = """
+        data         data   any      directory of the data
+        run          .      any      directory of the run
+        device       auto   any      cpu, cuda ...; auto: cuda if there is any
+        threads      0      0..1024  CPU threads; 0: torch's choice, one a core
+        value_range  auto   auto|2bit|8bit|unit  values of the pictures in pickles
+        train        60000  1..      pairs to train on
+        test         2000   1..      pairs to test on
+        size         28     16..256  height and width, divisible by 4
+        seed         0      0..2147483648  same seed, same bytes
+        phase        multi  two-stage|single|multi|vqvae|igpt|finetune  regime, or a phase alone
+        preset       auto   auto|full|laptop|tiny  auto: full with a GPU, laptop without
+        resume       false  any      go on where the run in --run stopped
+        overwrite    false  any      start anew over the run in --run
+        compile      false  any      torch.compile: a slow start, then faster on GPUs
+        mode         text   text|image|unconditional  captions to pictures, the reverse, pairs
+        n            0      0..      samples per prompt or picture, or pairs; 0: 1, and 9 pairs
+        prompt       []     any      a caption; may be repeated; "red ..." is finished
+        prompts      ""     any      file with a caption a line
+        image        ""     any      .npy uint8 (H,W,3) or (N,H,W,3), or a binary PPM
+        out          ""     any      prefix of .ppm, .npy, .txt; with .png the grid is a PNG
+        complete     0      0..      keep so many rows of tokens, draw the rest (mode image)
+        best_of      1      1..      keep that sample which makes its prompt the likeliest
+        show         false  any      draw the pictures in the terminal
+        json         false  any      JSON instead of a table
+    """
 
     def pick_device(self):
         """-> torch.device. Raises InputError if it is not there."""
@@ -2788,121 +2414,80 @@ class RunOptions(Settings):
         except (RuntimeError, AssertionError, TypeError) as error:
             raise InputError(f"device {name!r} cannot be used: {error}") from None
 
-
-@dataclass
-class TrainOptions(Settings):
-    """Flags of `train` beside those of Config."""
-    phase: str = knob("multi", "regime, or one phase from the checkpoints in --run",
-                      choices=tuple(REGIMES))
-    preset: str = knob("auto", "full: as the notes; laptop: minutes on two cores; tiny: seconds; "
-                       "auto: full with a GPU, laptop without", choices=("auto", *PRESETS))
-    resume: bool = knob(False, "go on where the run in --run stopped")
-    overwrite: bool = knob(False, "start anew over the run in --run")
-
-
-@dataclass
-class SampleOptions(Settings):
-    """Flags of `sample` beside those of SamplingConfig."""
-    mode: str = knob(None, "text: captions to pictures; image: the reverse; unconditional: pairs",
-                     choices=tuple(SAMPLE_NAMES))
-    n: int = knob(None, "samples per prompt or picture (default 1), or pairs (9)", 1)
-    prompt: list = knob(None, 'a caption; may be repeated; "red ..." is finished by the model')
-    prompts: Path = knob(None, "file with a caption a line")
-    image: Path = knob(None, ".npy uint8 (H,W,3) or (N,H,W,3), or a binary PPM")
-    out: str = knob(None, "prefix of .ppm, .npy, .txt; with .png at its end the grid is a PNG")
-    complete: int = knob(0, "keep so many rows of a picture's tokens, draw the rest (mode image)")
-    best_of: int = knob(1, "of N samples keep the one that makes its prompt the most likely", 1)
-    show: bool = knob(False, "draw the pictures in the terminal")
-    seed: int = knob(0, "seed of the sampling", high=2**31)
-
-
-@dataclass
-class ScoreOptions(Settings):
-    """Flags of `score`."""
-    prompts: Path = knob(None, "file with a caption a line")
-    image: Path = knob(None, "as many pictures as captions, or one of either")
-
-
-@dataclass
-class EvalOptions(Settings):
-    """Flags of `eval` beside those of SamplingConfig."""
-    json: bool = knob(False, "JSON instead of a table")
-    seed: int = knob(0, "seed of the sampling", high=2**31)
-
-
 class Parser(argparse.ArgumentParser):
     """argparse with errors of one line and status 2; sub-parsers are of the same class."""
 
     def error(self, message):
         raise InputError(message)
 
-
 def build_parser():
-    """All subcommands; their flags are the fields of the Settings in COMMANDS. One that is not
-    given leaves no trace."""
+    """All subcommands with the flags in COMMANDS. One that is not given leaves no trace."""
     parser = Parser(prog="mmgen.py", description="A small multimodal model: VQ-VAE and iGPT.")
     commands = parser.add_subparsers(dest="command")
-    for name, (function, *kinds) in COMMANDS.items():
-        p = commands.add_parser(name, help=function.__doc__, description=function.__doc__,
+    for command, (function, names, more) in COMMANDS.items():
+        p = commands.add_parser(command, help=function.__doc__, description=function.__doc__,
                                 allow_abbrev=False)
-        for f in itertools.chain(*map(dataclasses.fields, kinds)):
-            text = f.metadata["help"]
-            if f.default is not None:
-                text += f" (default: {f.default}"
-                text += "".join(f"; {k}: {v}" for k, v in f.metadata["presets"].items()) + ")"
-            flag = f.name.replace("_", "-") if len(f.name) > 1 else f.name
-            kind = dict(type=f.type, choices=f.metadata["choices"] or None)
-            if f.type is bool:
+        fields = {name: Options.fields[name] for name in names.split()} | more.fields
+        for name, field in fields.items():
+            flag = "--" + name.replace("_", "-") if len(name) > 1 else "-" + name
+            default = ", ".join(f"{k} {v}" for k, v in field.presets.items())
+            kind = dict(type=type(field.default))
+            if "|" in field.limits:
+                kind = dict(choices=field.limits.split("|"))
+            elif kind["type"] is bool:
                 kind = dict(action=argparse.BooleanOptionalAction)
-            elif f.type is list:
+            elif kind["type"] is list:
                 kind = dict(action="append")
-            p.add_argument("--" + flag if len(flag) > 1 else "-" + flag, default=argparse.SUPPRESS,
-                           help=text.replace("%", "%%"), **kind)
+            p.add_argument(flag, default=argparse.SUPPRESS, **kind,
+                           help=f"{field.text} ({field.limits}; {default})".replace("%", "%%"))
     return parser
 
-
-def write_drawn(options):
+def command_data(options, _):
     """Draw the embedded data set, drawn.npz."""
     if options.size % 4:
         raise InputError(f"--size {options.size}: must be divisible by 4")
-    buffer, path = io.BytesIO(), options.data / "drawn.npz"
+    buffer, path = io.BytesIO(), Path(options.data, "drawn.npz")
     np.savez_compressed(buffer, **make_drawn(options.train, options.test, options.size,
                                              options.seed))
     atomic_write(path, buffer.getvalue())
     log(f"wrote {options.train} + {options.test} pairs to {path}")
 
-
-def command_train(place, options, flags):
+def command_train(options, flags):
     """Train a regime or a single phase."""
     if options.resume and options.overwrite:
         raise InputError("--resume is not allowed with --overwrite")
-    device, started = place.pick_device(), time.monotonic()
+    device, started, preset = options.pick_device(), time.monotonic(), options.preset
+    if preset == "auto":
+        preset = "laptop" if device.type == "cpu" else "full"
+        log(f"preset {preset} (device {device.type})")
+    cfg = Config.preset(preset, **flags)
     if "TORCHELASTIC_RUN_ID" in os.environ:  # started by torchrun
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    name = options.preset
-    if name == "auto":
-        name = "laptop" if device.type == "cpu" else "full"
-        log(f"preset {name} (device {device.type})")
-    cfg = Config.preset(name, **flags)
-    if place.data == RunOptions.data and not any((place.data / name).exists() for name in SOURCES):
-        log(f"no data in {place.data}: drawing the embedded set")
-        write_drawn(DataOptions(place.data))
-    if dist.is_initialized():
-        dist.barrier()  # the first process has written the data
-    data = load_data(place.data, place.value_range, log)
-
-    def finish(models):
-        prompts = dict(text=data.test_captions[:9], image=data.test_images[:9], unconditional=None)
-        for mode in prompts:
+    found = any(Path(options.data, name).exists() for name in SOURCES)
+    if options.data == Options.data and not found:
+        log(f"no data in {options.data}: drawing the embedded set")
+        command_data(Options(), {})
+    wait_for_all()  # the first process has written the data
+    data = load_data(options.data, options.value_range)
+    if options.phase != "vqvae" and not data.train_captions:
+        raise InputError(f"--phase {options.phase} needs captions: there is no {SOURCES[0]}")
+    run = Run(options.run, options.phase, cfg, data, options.resume, options.overwrite)
+    wait_for_all()  # all have read the state before the first process writes a new one
+    if run.state["complete"]:
+        return log(f"the run in {options.run} is finished")
+    if threading.current_thread() is threading.main_thread():  # no other can have handlers
+        signal.signal(signal.SIGINT, run.stop)
+        signal.signal(signal.SIGTERM, run.stop)
+    with run.lock:
+        models = run.train(cfg, data, device, options.compile)
+        for mode, prompts in (("text", data.test_captions[:9]), ("image", data.test_images[:9]),
+                              ("unconditional", None)):
             if models.igpt and (models.igpt.causal or mode == "text"):
-                sample = SampleOptions(mode=mode, n=9 if mode == "unconditional" else 1)
-                samples = make_samples(sample, models, SamplingConfig(), prompts[mode])
-                log(f"wrote {save_samples(place.run / 'results' / SAMPLE_NAMES[mode], *samples)}")
-
-    if train_run(place.run, options.phase, cfg, data, device, options.resume, options.overwrite,
-                 finish):
-        log(f"trained {options.phase} in {time.monotonic() - started:.0f} s")
-
+                samples = make_samples(options.but(mode=mode), models, SamplingConfig(), prompts)
+                path = save_samples(Path(options.run, "results", SAMPLE_NAMES[mode]), *samples)
+                log(f"wrote {path}")
+        run.save(complete=True)
+    log(f"trained {options.phase} in {time.monotonic() - started:.0f} s")
 
 def make_samples(options, models, how, prompts):
     """What `sample` writes: pictures uint8 (M,H,W,3) and M captions.
@@ -2911,40 +2496,39 @@ def make_samples(options, models, how, prompts):
     (M,H,W,3) for 'image'. best_of: of so many samples keep the one from which the prompt (of a
     completed picture the rows that were kept) is the most likely.
     """
-    vqvae, igpt, tokenizer = models.vqvae, models.igpt, models.tokenizer
-    device, (h, w), best_of = igpt.norm.weight.device, vqvae.grid, options.best_of
-    generator = torch.Generator(device).manual_seed(options.seed)
-    sampler, kept = Sampler(igpt, tokenizer, h * w, how, generator), options.complete * w
+    torch.manual_seed(options.seed)
+    vqvae, (h, w), best_of = models.vqvae, models.vqvae.grid, options.best_of
     if options.mode == "unconditional":
-        tokens, captions = sampler.pairs(options.n)
+        tokens, captions = models.pairs(options.n or 9, how)
         return decode_pictures(vqvae, tokens), captions
-    prompts = [prompt for prompt in prompts for _ in range(options.n)]
+    prompts = [prompt for prompt in prompts for _ in range((options.n or 1) * best_of)]
+    kept = options.complete * w
     if options.mode == "text":
-        captions = [finish_caption(sampler, prompt) for prompt in prompts for _ in range(best_of)]
-        tokens = sampler.images(captions)
+        captions = [finish_caption(models, prompt, how) for prompt in prompts]
+        tokens = models.images(captions, how)
     else:
-        whole = extract_tokens(vqvae, np.stack(prompts)).repeat_interleave(best_of, 0).to(device)
+        whole = extract_tokens(vqvae, np.stack(prompts)).to(models.device)
         tokens = whole.clone()
         if kept:
-            beginning = image_prompts(tokenizer, whole[:, :kept])[:, :-1]  # no EOI: it goes on
-            tokens[:, kept:] = sampler.continue_images(beginning, h * w - kept)
+            beginning = image_prompts(models.tokenizer, tokens[:, :kept])[:, :-1]  # no EOI
+            tokens[:, kept:] = models.continue_images(beginning, h * w - kept, how)
             if isinstance(vqvae, FactoredVQVAE):  # the picture's colours stay as they are
                 corners(tokens.view(-1, h, w)).copy_(corners(whole.view(-1, h, w)))
-        captions = sampler.captions(tokens)
+        captions = models.captions(tokens, how)
+    best = list(range(len(captions)))
     if best_of > 1:
-        drawn, read, *_ = likelihoods(igpt, tokenizer, tokens, captions, kept)
-        best = (read if options.mode == "text" else drawn).view(-1, best_of).argmax(1)
-        best = (best + best_of * torch.arange(len(best), device=device)).tolist()
-        tokens, captions = tokens[best], [captions[i] for i in best]
+        drawn, read, *_ = likelihoods(models, tokens, captions, kept)
+        score = (read if options.mode == "text" else drawn).view(-1, best_of)
+        best = (score.argmax(1).cpu() + torch.arange(0, len(captions), best_of)).tolist()
+    images = decode_pictures(vqvae, tokens[best])
     if options.mode == "image" and not kept:
-        return np.stack(prompts), captions
-    return decode_pictures(vqvae, tokens), captions
+        images = np.stack(prompts)[best]
+    return images, [captions[i] for i in best]
 
-
-def finish_caption(sampler, caption):
+def finish_caption(models, caption, how):
     """A caption -> itself, or, if it ends in "...", what the model makes of its beginning: at least
     a word more. Raises InputError where there is no room for one."""
-    begun, t = caption.removesuffix("...").split(), sampler.tokenizer
+    begun, t = caption.removesuffix("...").split(), models.tokenizer
     if not caption.endswith("..."):
         return caption
     if len(begun) >= t.caption_length:
@@ -2952,57 +2536,51 @@ def finish_caption(sampler, caption):
     prompt = torch.tensor([[t.bos_token, t.end_of_image_token]])
     if begun:
         prompt = text_prompt(t, " ".join(begun))[None, :-1]  # no EOT: the caption goes on
-    return " ".join(begun + sampler.continue_captions(prompt, t.caption_length - len(begun)))
+    room = t.caption_length - len(begun)
+    return " ".join(begun + models.continue_captions(prompt.to(models.device), room, how))
 
-
-def command_sample(place, options, how):
+def command_sample(options, flags):
     """Sample pictures, captions or pairs."""
-    mode = options.mode
-    if mode is None:
-        raise InputError("sample wants --mode text, image or unconditional")
-    if ((options.prompt or options.prompts) and mode != "text"
-            or (options.image or options.complete) and mode != "image"):
-        raise InputError("--prompt and --prompts belong to --mode text, --image and --complete to "
-                         "--mode image")
+    mode, how, prompts = options.mode, SamplingConfig(**flags), options.prompt
+    if (prompts or options.prompts) and mode != "text":
+        raise InputError("--prompt and --prompts belong to --mode text")
+    if (options.image or options.complete) and mode != "image":
+        raise InputError("--image and --complete belong to --mode image")
     if options.best_of > 1 and mode == "unconditional":
         raise InputError("--best-of needs a prompt or a picture to be true to")
-    out = options.out or place.run / "results" / SAMPLE_NAMES[mode]
-    read = [path.resolve() for path in (options.prompts, options.image) if path]
-    for path in sample_paths(out):
-        if path.resolve() in read:
-            raise InputError(f"--out {out} would write over {path}, which was given to read")
-    models, prompts = load_models(place.run, place.pick_device()), options.prompt or []
+    out = options.out or Path(options.run, "results", SAMPLE_NAMES[mode])
+    read = [Path(name).resolve() for name in (options.prompts, options.image) if name]
+    if {*read} & {path.resolve() for path in sample_paths(out)}:
+        raise InputError(f"--out {out} would write over what was given to read")
+    models = load_models(options.run, options.pick_device())
     if options.prompts:
         prompts = prompts + read_captions(options.prompts)
     if options.image:
         prompts = read_pictures(options.image)
     elif not prompts and mode != "unconditional":
-        data = load_data(place.data, place.value_range)
+        data = load_data(options.data, options.value_range)
         prompts = (data.test_captions if mode == "text" else data.test_images)[:9]
     if mode == "image":
-        models.check_size(prompts)
+        check_size(models, prompts)
     if options.complete >= models.vqvae.grid[0]:
         raise InputError(f"--complete {options.complete}: pictures have {models.vqvae.grid[0]} "
                          "rows of tokens")
-    options.n = options.n or (9 if mode == "unconditional" else 1)
     images, captions = make_samples(options, models, how, prompts)
-    path = save_samples(out, images, captions, 1 if mode == "unconditional" else options.n)
+    path = save_samples(out, images, captions, 1 if mode == "unconditional" else options.n or 1)
     print("\n".join(captions))
     if options.show:
         show_in_terminal(images, captions)
     log(f"wrote {path}")
 
-
 def read_captions(path):
     """A text file -> its lines that are not blank."""
     with reading(path, "text file"):
-        captions = [c for c in path.read_text(encoding="utf-8-sig").splitlines() if c.strip()]
+        captions = [c for c in Path(path).read_text("utf-8-sig").splitlines() if c.strip()]
         if not captions:
             raise InputError("holds no caption")
         return captions
 
-
-def command_score(place, options):
+def command_score(options, _):
     """Log p of pictures and captions under the model."""
     if not options.prompts or not options.image:
         raise InputError("score wants --prompts and --image")
@@ -3010,56 +2588,51 @@ def command_score(place, options):
     M = max(len(images), len(captions))
     if not {len(images), len(captions)} <= {1, M}:
         raise InputError(f"{len(captions)} captions for {len(images)} pictures")
-    models = load_models(place.run, place.pick_device())
-    models.check_size(images)
-    tokens = extract_tokens(models.vqvae, images).to(models.igpt.norm.weight.device).expand(M, -1)
+    models = load_models(options.run, options.pick_device())
+    check_size(models, images)
+    tokens = extract_tokens(models.vqvae, images).to(models.device).expand(M, -1)
     captions = captions * (M // len(captions))
-    *nats, n, words = likelihoods(models.igpt, models.tokenizer, tokens, captions)  # (M,) each
+    *nats, n, words = likelihoods(models, tokens, captions)  # (M,) each
     bits = [-x / k / math.log(2) for x, k in zip(nats, (n, words, n + words))]
     print(f"{'log p in nats':>41}{'bits a token':>41}")
     print(f"{'picture|caption':>16}{'caption|picture':>16}{'pair':>9}" * 2 + "  caption")
     for *row, caption in zip(*nats, *bits, captions):
-        print(("{:16.2f}{:16.3f}{:9.2f}{:16.3f}{:16.3f}{:9.3f}  ").format(*row) + caption)
+        print("{:16.2f}{:16.3f}{:9.2f}{:16.3f}{:16.3f}{:9.3f}  ".format(*row) + caption)
 
-
-def command_eval(place, options, how):
+def command_eval(options, flags):
     """Measure both models over the test split."""
-    models, data = load_models(place.run, place.pick_device()), load_data(place.data,
-                                                                          place.value_range)
-    models.check_size(data.test_images)
+    how, models = SamplingConfig(**flags), load_models(options.run, options.pick_device())
+    data = load_data(options.data, options.value_range)
+    check_size(models, data.test_images)
     log(f"measuring over {len(data.test_images)} test pairs ...")
-    figures = evaluate(models.vqvae, models.igpt, models.tokenizer, data.test_images,
-                       data.test_captions, how, options.seed, show_progress)
+    figures = evaluate(models, data.test_images, data.test_captions, how, options.seed)
     if options.json:
-        print(json.dumps(figures))
-    else:
-        print("\n".join(f"{name:24}{value:10.4f}" for name, value in figures.items()))
+        return print(json.dumps(figures))
+    for name, value in figures.items():
+        print(f"{name:24}" + ("         -" if value is None else f"{value:10.4f}"))
 
-
-COMMANDS = {
-    "data": (write_drawn, DataOptions),
-    "train": (command_train, RunOptions, TrainOptions, Config),
-    "sample": (command_sample, RunOptions, SampleOptions, SamplingConfig),
-    "score": (command_score, RunOptions, ScoreOptions),
-    "eval": (command_eval, RunOptions, EvalOptions, SamplingConfig),
+PLACE = "data run device threads value_range"
+COMMANDS = {  # name: function, names of its Options, further flags
+    "data": (command_data, "data train test size seed", Settings),
+    "train": (command_train, f"phase preset resume overwrite compile {PLACE}", Config),
+    "sample": (command_sample, "mode n prompt prompts image out complete best_of show seed "
+               + PLACE, SamplingConfig),
+    "score": (command_score, f"prompts image {PLACE}", Settings),
+    "eval": (command_eval, f"json seed {PLACE}", SamplingConfig),
 }
-
 
 def main(argv=None):
     """The command line; returns the exit status."""
     try:
         parser = build_parser()
-        args = vars(parser.parse_args(argv))
-        if args["command"] is None:
+        flags = vars(parser.parse_args(argv))
+        command = flags.pop("command")
+        if command is None:
             parser.print_help()
             return 0
-        function, *kinds = COMMANDS[args["command"]]
-        options = []
-        for kind in kinds:
-            given = {f.name: args[f.name] for f in dataclasses.fields(kind) if f.name in args}
-            # What train does with the Config's flags depends on the preset
-            options.append(given if kind is Config else kind(**given))
-        function(*options)
+        function, names, _ = COMMANDS[command]
+        options = Options(**{name: flags.pop(name) for name in names.split() if name in flags})
+        function(options, flags)
     except (InputError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         text = " ".join(str(error).split()) or type(error).__name__
         print(f"mmgen: error: {text}", file=sys.stderr)
@@ -3070,7 +2643,6 @@ def main(argv=None):
         if dist.is_initialized():
             dist.destroy_process_group()
     return 0
-
 
 if __name__ == "__main__":
     sys.exit(main())
