@@ -24,7 +24,7 @@ MNIST, notes B the plan for training them together.
     Batches       Batches: what is learned from, in an order that can be resumed
     Tokenizer     Tokenizer: codes, words and marks in one vocabulary           [A, tokens]
     VQ-VAE        VectorQuantizer, VQVAE, FactoredVQVAE, compute_loss           [A, VQ-VAE; B 1]
-    Attention     attend, KVCache, SelfAttention                                [A, KV cache]
+    Attention     attend, SelfAttention                                         [A, KV cache]
     iGPT          iGPT, ParallelPredictor                                       [A, iGPT; B 1]
     Sequences     make_sequences, text_prompt, image_prompts, extract_tokens    [A, token sequence]
     Measures      next_token_nll, measure_reconstruction, measure_prediction    [A, losses; B 6]
@@ -605,6 +605,10 @@ def compute_loss(x, recon_x, z_e, z_q, beta=Config.beta, extremes=0.0):
 
 
 # --- Attention: queries, keys, values, and a cache of the latter two ------------------------------
+#
+# When tokens are generated one by one, keys and values of those before are the same at every step.
+# They are kept in a tensor that is allocated once, and whoever writes says at which position. (The
+# notes' cache grew by concatenation, which copies all of it at every token.)
 
 def attend(q, k, v, causal):
     """softmax(q k^T / sqrt(head_dim)) v (Vaswani et al. 2017).
@@ -620,23 +624,6 @@ def attend(q, k, v, causal):
         scores = scores.masked_fill(hidden, -math.inf)
     return scores.softmax(-1) @ v
 
-class KVCache:
-    """Keys and values that one layer has computed so far, so that each is computed once: two
-    tensors (B,heads,length,head_dim), allocated when generation begins. (The notes' cache grew by
-    concatenation, which copies all of it at every token.) It does not know how full it is: whoever
-    writes says at which position."""
-
-    def __init__(self, batch, n_heads, length, head_dim, device=None, dtype=torch.float32):
-        self.k = torch.zeros(batch, n_heads, length, head_dim, device=device, dtype=dtype)
-        self.v = torch.zeros_like(self.k)
-
-    def write(self, position, k, v):
-        """Store k, v (B,heads,T,head_dim) from column `position` on -> all columns so far."""
-        end = position + k.shape[2]
-        self.k[:, :, position:end] = k
-        self.v[:, :, position:end] = v
-        return self.k[:, :, :end], self.v[:, :, :end]
-
 class SelfAttention(nn.Module):
     """Multi-head self-attention: (B,T,d) -> (B,T,d). Queries and keys are normalized (Henry et al.
     2020), so that large learning rates cannot blow the scores up."""
@@ -650,14 +637,15 @@ class SelfAttention(nn.Module):
         self.out = nn.Linear(d_model, d_model, bias=False)
 
     def forward(self, x, causal=True, cache=None, position=0):
-        """x (B,T,d) -> (B,T,d). cache: a KVCache whose first `position` columns hold what came
-        before x; x's own are added."""
+        """x (B,T,d) -> (B,T,d). cache: (2,B,heads,length,head_dim), of which the first `position`
+        columns hold keys and values of what came before x; x's own are added."""
         B, T, d = x.shape
         # (B,T,3d) -> (B,T,3,heads,head_dim) -> (3,B,heads,T,head_dim) -> three (B,heads,T,head_dim)
         q, k, v = self.qkv(x).view(B, T, 3, self.n_heads, -1).permute(2, 0, 3, 1, 4)
         q, k = self.q_norm(q), self.k_norm(k)
         if cache is not None:
-            k, v = cache.write(position, k, v)
+            cache[:, :, :, position : position + T] = torch.stack([k, v])
+            k, v = cache[:, :, :, : position + T]
         y = attend(q, k, v, causal)  # (B,heads,T,head_dim)
         return self.out(y.transpose(1, 2).reshape(B, T, d))
 
@@ -721,14 +709,9 @@ class iGPT(nn.Module):
             elif name.startswith(("embedding", "places")):
                 nn.init.normal_(weight, std=0.3)
 
-    @property
-    def codebook(self):
-        """The VQ-VAE's codebook (K,D) that was given, or None."""
-        return self._codebook[0]
-
     def tables(self):
         """Embedding table and output matrix, both (V,d), with the codebook's share, if any."""
-        codebook, embedding, output = self.codebook, self.embedding.weight, self.head.weight
+        (codebook,), embedding, output = self._codebook, self.embedding.weight, self.head.weight
         if codebook is None:
             return embedding, output
         codes = (codebook - codebook.mean(0)) / (codebook.std(0) + 1e-5)  # (K,D), all on one scale
@@ -749,8 +732,8 @@ class iGPT(nn.Module):
         """tokens int64 (B,T) -> logits (B,T,V). The rest is for generation, see Decoder:
 
         places (B,T): if the last mark stands before these tokens. tables: what tables() returned,
-        computed once; of the output matrix some rows will do. caches: a KVCache for each layer,
-        which holds the `position` tokens before these. Raises InputError beyond the context.
+        computed once; of the output matrix some rows will do. caches: one for each layer, which
+        hold the `position` tokens before these. Raises InputError beyond the context.
         """
         length = position + tokens.shape[1]
         if length > self.context_length:
@@ -760,7 +743,7 @@ class iGPT(nn.Module):
             places = self.locate(tokens)
         x = F.embedding(tokens, embedding) + self.places(places)  # (B,T,d)
         for i, block in enumerate(self.blocks):
-            x = block(x, self.causal, caches and caches[i], position)
+            x = block(x, self.causal, None if caches is None else caches[i], position)
         return F.linear(self.norm(x), output)
 
 class ParallelPredictor(iGPT):
@@ -782,13 +765,6 @@ class ParallelPredictor(iGPT):
         """text_image sequences (B,T) -> logits (B,T,V), of use where the next token is a code."""
         blank = tokens.masked_fill(tokens < self.n_embeddings, self.vocab_size - 1)  # PAD
         return super().forward(blank)
-
-    def predict(self, prompts, n_tokens):
-        """Prompts BOS EOI TEXT EOT (B,T), all of one length -> logits (B,N,K)."""
-        T = prompts.shape[1]
-        rows = F.pad(prompts, (0, self.context_length - 1 - T), value=self.vocab_size - 1)
-        # As in training: blanks to the row's end, and the EOT's position predicts the first token
-        return self(rows)[:, T - 1 : T - 1 + n_tokens, : self.n_embeddings]
 
 
 # --- Sequences: pairs to rows of tokens. Every prompt for sampling is the start of such a row -----
@@ -1024,10 +1000,6 @@ class Trainer:
             self.shared_loss = DistributedDataParallel(
                 self.shared_loss, forward_sync_buffers=False, find_unused_parameters=True)
 
-    def train_mode(self):
-        """Before each pass: let dropout drop and codes move."""
-        self.modules.train()
-
     def train(self, train_loader, test_loader, num_epochs, on_step=None, on_pass=None):
         """Train until num_epochs passes of the loader are done, going on from self.step; then the
         modules are in eval mode.
@@ -1041,7 +1013,7 @@ class Trainer:
         steps = range(self.step, n * num_epochs)
         for step in track(steps, self.phase, self.step, lambda: f"loss {self.pass_losses[-1]:.4f}"):
             if batches is None or step % n == 0:
-                self.train_mode()
+                self.modules.train()
                 batches = iter(train_loader)
             if on_step:
                 on_step(self)
@@ -1160,9 +1132,10 @@ def with_noise(igpt, inputs, most):
     """Sequences (B,T) -> the same, but of each row's picture tokens a share, drawn from 0 to
     `most`, are codes from elsewhere in the batch: a model that draws reads its own errors, and
     should rather heed the caption. Codes are told from words by the codebook, if there is one."""
-    if not most or igpt.codebook is None:
+    codebook, = igpt._codebook
+    if not most or codebook is None:
         return inputs
-    is_code = inputs < len(igpt.codebook)  # (B,T)
+    is_code = inputs < len(codebook)  # (B,T)
     share = most * torch.rand(len(inputs), 1, device=inputs.device)
     replace = is_code & (torch.rand(inputs.shape, device=inputs.device) < share)
     codes = inputs[is_code]
@@ -1192,18 +1165,14 @@ class JointTrainer(Trainer):
             self.warmup = int(self.cfg.lambda_warmup * total)
             self.ramp = max(1, int(self.RAMP * total))
 
-    def train_mode(self):
-        """In phase 3 the iGPT knows these codes: none is restarted or a moving average; they learn
-        by gradient alone, slowly."""
-        super().train_mode()
-        self.models.vqvae.codebook.train(self.phase != "finetune")
-
     def lambda_now(self):
         """lambda at the current step."""
         return self.cfg.lambda_xent * min(1, max(0, (self.step + 1 - self.warmup) / self.ramp))
 
     def loss(self, batch):
         x, text_ids = (part.to(self.device) for part in batch)
+        # In phase 3 the iGPT knows these codes: none is restarted or a moving average
+        self.models.vqvae.codebook.train(self.phase == "single")
         z_e, z_q, recon_x = self.models.vqvae(x)
         loss = compute_loss(x, recon_x.float(), z_e, z_q, *self.weights)
         if self.lambda_now():  # else the transformer need not even run
@@ -1408,9 +1377,9 @@ class Decoder:
         length = T + n_new - 1  # nothing follows the last token: it is not fed
         if length > model.context_length:
             raise InputError(f"{length} tokens, the context holds {model.context_length}")
-        self.model, self.position, weight = model, T, model.norm.weight
-        shape = B, model.n_heads, length, len(weight) // model.n_heads
-        self.caches = [KVCache(*shape, weight.device, weight.dtype) for _ in model.blocks]
+        self.model, self.position, heads = model, T, model.n_heads
+        size = len(model.norm.weight) // heads  # of a head
+        self.caches = model.norm.weight.new_zeros(len(model.blocks), 2, B, heads, length, size)
         embedding, output = model.tables()
         self.tables = embedding, output[slice(*span)]  # the same at every step
         places = model.locate(prompts)
@@ -1486,20 +1455,20 @@ class Models:
     @torch.no_grad()
     def images(self, captions, how):
         """B captions -> picture tokens int64 (B,N). Raises InputError as text_encode does."""
-        N, by_length = self.vqvae.n_tokens, defaultdict(list)
+        t, N, by_length = self.tokenizer, self.vqvae.n_tokens, defaultdict(list)
+        if not self.igpt.causal:  # a ParallelPredictor draws all tokens at once
+            blanks = torch.zeros(len(captions), N, dtype=torch.int64)
+            rows = make_sequences(blanks, t.encode_batch(captions), t, "text_image").to(self.device)
+            logits = self.igpt(rows[:, :-1])[rows[:, 1:] < t.n_embeddings]  # (B*N,V)
+            return sample_token(logits[:, : t.n_embeddings], how).view(-1, N)
         for row, caption in enumerate(captions):  # a batch of prompts is of one length
             by_length[len(caption.split())].append(row)
         out = torch.empty(len(captions), N, dtype=torch.int64, device=self.device)
         for rows in by_length.values():
-            prompts = torch.stack([text_prompt(self.tokenizer, captions[row]) for row in rows])
-            prompts = prompts.to(self.device)  # (rows,T)
-            if self.igpt.causal:
-                # BOS EOT: how a picture begins that no caption precedes; training covers it anyway
-                nothing = image_prompts(self.tokenizer, prompts[:, :0])[:, :2]
-                out[rows] = self.continue_images(prompts, N, how, nothing)
-            else:  # a ParallelPredictor draws each token by itself
-                logits = self.igpt.predict(prompts, N)  # (rows,N,K)
-                out[rows] = sample_token(logits.flatten(0, 1), how).view(-1, N)
+            prompts = torch.stack([text_prompt(t, captions[row]) for row in rows]).to(self.device)
+            # BOS EOT: how a picture begins that no caption precedes; training covers it anyway
+            nothing = image_prompts(t, prompts[:, :0])[:, :2]
+            out[rows] = self.continue_images(prompts, N, how, nothing)
         return out
 
     def captions(self, tokens, how):
@@ -1569,22 +1538,22 @@ def span_sums(models, tokens, captions, order, n_first=None):
     return (spans * torch.stack(counts)).sum(-1)
 
 def compare_captions(found, wanted):
-    """Two lists of captions -> share wholly alike, share of the wanted words found in place; None
-    and None if nothing was read."""
-    if not found:
-        return None, None
-    alike = right = total = 0
+    """Two lists of captions -> share wholly alike, share of the wanted words found in place."""
+    right = total = 0
     for a, b in zip(found, wanted):
-        alike += a == b
         right += sum(map(str.__eq__, a.split(), b.split()))
         total += len(b.split())
-    return alike / len(wanted), right / total
+    return sum(map(str.__eq__, found, wanted)) / len(wanted), right / total
 
 def evaluate(models, images, captions, how=SamplingConfig(), seed=0):
     """What both models are worth: all figures of `eval`, over pictures uint8 (M,H,W,3) and M
-    captions -> dict of floats, None where the model was not trained for what is asked."""
+    captions -> dict of floats, NaN where the model was not trained for what is asked."""
     vqvae, igpt, device = models.vqvae.eval(), models.igpt.eval(), models.device
-    out = measure_reconstruction(vqvae, track(picture_batches(images, 250), "reconstructing"))
+    out = dict.fromkeys((
+        "recon_mse", "recon_psnr", "codebook_used", "codebook_perplexity", "nll_text_to_image",
+        "nll_text", "code_accuracy", "nll_image", "nll_image_to_text", "caption_exact",
+        "caption_slot_accuracy", "round_trip_exact", "round_trip_unguided"), math.nan)
+    out |= measure_reconstruction(vqvae, track(picture_batches(images, 250), "reconstructing"))
     del out["loss"]
     torch.manual_seed(seed)
     sums, texts = defaultdict(float), defaultdict(list)
@@ -1602,14 +1571,16 @@ def evaluate(models, images, captions, how=SamplingConfig(), seed=0):
                 texts[name] += models.captions(read, how.but(greedy=True))
     for order, image, text in (("text_image", "nll_text_to_image", "nll_text"),
                                ("image_text", "nll_image", "nll_image_to_text")):
-        out[image] = out[text] = hits = None
         if order in sums:
             (out[image], hits, _), (out[text], _, _) = (sums[order] / sums[order][:, 2:]).tolist()
-        out.setdefault("code_accuracy", hits)  # of text_image, which comes first
-    exact, slots = compare_captions(texts["caption"], captions)
-    return out | {"caption_exact": exact, "caption_slot_accuracy": slots,
-                  "round_trip_exact": compare_captions(texts["exact"], captions)[0],
-                  "round_trip_unguided": compare_captions(texts["unguided"], captions)[0]}
+            if order == "text_image":
+                out["code_accuracy"] = hits
+    if texts:
+        out["caption_exact"], out["caption_slot_accuracy"] = compare_captions(
+            texts["caption"], captions)
+        out["round_trip_exact"], _ = compare_captions(texts["exact"], captions)
+        out["round_trip_unguided"], _ = compare_captions(texts["unguided"], captions)
+    return out
 
 def likelihoods(models, tokens, captions, n_first=None):
     """B pictures' tokens (B,N) and captions -> nats of log p(picture | caption), log p(caption |
@@ -1789,24 +1760,19 @@ DIGITS = "zero one two three four five six seven eight nine".split()
 HUES = dict(red=0, orange=.075, yellow=.16, green=.34, cyan=.5, blue=.63, purple=.77, pink=.9)
 SHADES = dict(light=(0.38, 1.0), plain=(1.0, 0.95), dark=(1.0, 0.5))
 
-def palette():
-    """24 names 'light red', ... and their RGB values, uint8 (24,3)."""
-    pairs = list(itertools.product(SHADES, HUES))
-    values = [colorsys.hsv_to_rgb(HUES[hue], *SHADES[shade]) for shade, hue in pairs]
-    return list(map(" ".join, pairs)), np.round(255 * np.array(values)).astype(np.uint8)
-
 def colorize(ink, labels, rng):
     """Colour grey digits and caption them: 'dark red seven on light blue'. ink uint8 (M,H,W), 255
     is ink; labels (M,) 0..9 -> images uint8 (M,H,W,3), captions, a list of str."""
-    names, values = palette()
-    values = values.astype(np.float32)
+    names = list(itertools.product(SHADES, HUES))
+    values = [colorsys.hsv_to_rgb(HUES[hue], *SHADES[shade]) for shade, hue in names]
+    values = np.round(255 * np.array(values, np.float32))  # (24,3)
     far = np.abs(values[:, None] - values).sum(-1) > 150  # (24,24): a legible pair?
     images, captions = np.empty((*ink.shape, 3), np.uint8), []
     for i, digit in enumerate(labels):
         fore, back = rng.choice(np.argwhere(far))
         alpha = ink[i, ..., None] / np.float32(255)  # (H,W,1)
         images[i] = np.round(values[back] + (values[fore] - values[back]) * alpha)
-        captions.append(f"{names[fore]} {DIGITS[digit]} on {names[back]}")
+        captions.append(" ".join([*names[fore], DIGITS[digit], "on", *names[back]]))
     return images, captions
 
 def make_drawn(n_train, n_test, size, seed):
@@ -2201,7 +2167,15 @@ class Run:
             else:
                 self.start_anew(state, REGIMES[regime], overwrite)
         self.state, self.signal, self.saved = state | {"settings": settings}, 0, time.monotonic()
-        self.lock = self.take_lock()
+        self.state_path.parent.mkdir(parents=True, exist_ok=True)
+        self.lock = open(self.state_path.with_name(".lock"), "w")  # a kill frees it
+        try:
+            if fcntl and processes()[0] == 0:
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"another training is at work in {folder}") from None
+        except OSError as error:  # not every file system has locks
+            log(f"warning: {folder} cannot be locked ({error.strerror})")
 
     def start_anew(self, state, phases, overwrite):
         """Prepare an old state for a new run, unless that would replace anything unasked."""
@@ -2215,19 +2189,6 @@ class Run:
         state["done"] = [phase for phase in state["done"] if phase in before]
         state["rows"] = [row for row in state["rows"] if row["phase"] in before]
         state.update(trainer=None, complete=False)
-
-    def take_lock(self):
-        """-> the open file that keeps other processes out; the system frees it after a kill."""
-        self.state_path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(self.state_path.with_name(".lock"), "w")
-        try:
-            if fcntl and processes()[0] == 0:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"another training is at work in {self.folder}") from None
-        except OSError as error:  # not every file system has locks
-            log(f"warning: {self.folder} cannot be locked ({error.strerror})")
-        return file
 
     def save(self, **changes):
         """Write the state, some of it new."""
@@ -2404,9 +2365,9 @@ class Options(Settings):
         name = self.device
         if self.threads:
             torch.set_num_threads(self.threads)
-        if name == "auto":
-            name = "cuda" if torch.cuda.is_available() else "cpu"
-        if name == "cuda":
+        if name == "auto" and not torch.cuda.is_available():
+            name = "cpu"
+        if name in ("auto", "cuda"):
             name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # torchrun: a GPU for each process
         try:
             torch.empty(1, device=name, dtype=torch.float64)  # sampling adds up probabilities in it
@@ -2607,9 +2568,9 @@ def command_eval(options, flags):
     log(f"measuring over {len(data.test_images)} test pairs ...")
     figures = evaluate(models, data.test_images, data.test_captions, how, options.seed)
     if options.json:
-        return print(json.dumps(figures))
+        return print(json.dumps(figures).replace("NaN", "null"))
     for name, value in figures.items():
-        print(f"{name:24}" + ("         -" if value is None else f"{value:10.4f}"))
+        print(f"{name:24}{value:10.4f}")
 
 PLACE = "data run device threads value_range"
 COMMANDS = {  # name: function, names of its Options, further flags

@@ -1,6 +1,7 @@
 """Tests of mmgen.py: `make test`. Everything is tiny; nothing is downloaded."""
 
 import codecs
+import colorsys
 import contextlib
 import copy
 import csv
@@ -29,7 +30,7 @@ import torch
 import torch.nn.functional as F
 
 import mmgen
-from mmgen import (Config, FactoredVQVAE, InputError, JointTrainer, KVCache, Models,
+from mmgen import (Config, FactoredVQVAE, InputError, JointTrainer, Models,
                    Options, SamplingConfig, Tokenizer, VectorQuantizer, VQVAE, VQVAETrainer,
                    compute_loss, create_dataset, iGPT, iGPTTrainer, make_sequences)
 
@@ -39,14 +40,11 @@ torch.set_num_threads(1)
 TEXTS = ["dark red seven on light blue", "plain green one on dark red",
          "light blue two on plain green"]
 
-
 def drawn(n_train=64, n_test=16, size=28, seed=0):
     return mmgen.make_drawn(n_train, n_test, size, seed)
 
-
 def tiny_config(**changes):
     return Config.preset("tiny", **changes)
-
 
 def train(folder, regime, cfg, data, resume=False, overwrite=False):
     """What `train` does in a run directory, without the samples at its end -> Models."""
@@ -56,23 +54,19 @@ def train(folder, regime, cfg, data, resume=False, overwrite=False):
         run.save(complete=True)
         return models
 
-
 def as_pairs(arrays):
     return mmgen.Data(**arrays)
-
 
 def write_pairs(folder, arrays):
     """A drawn.npz as mmgen.write_drawn lays it out."""
     folder.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(folder / "drawn.npz", **arrays)
 
-
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     write_pairs(folder, drawn(96, 16))
     return folder
-
 
 def command(*args, cwd="."):
     """Call mmgen.main as the command line does -> returncode, stdout, stderr."""
@@ -87,13 +81,11 @@ def command(*args, cwd="."):
         os.chdir(before)
     return subprocess.CompletedProcess(args, status, out.getvalue(), err.getvalue())
 
-
 def separately(*args):
     """Run mmgen.py in a process of its own, as a user does."""
     return subprocess.run([sys.executable, str(MMGEN), *map(str, args)], text=True,
                           capture_output=True, timeout=240,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
-
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory, data_dir):
@@ -103,7 +95,6 @@ def trained(tmp_path_factory, data_dir):
                         "--run", folder)
     assert result.returncode == 0, result.stderr
     return folder
-
 
 def small_models(seed=0):
     torch.manual_seed(seed)
@@ -115,7 +106,6 @@ def small_models(seed=0):
 
 
 # --- data -----------------------------------------------------------------------------------------
-
 
 def test_drawn_set_has_the_promised_arrays_and_is_deterministic(tmp_path):
     for name in ("a", "b"):
@@ -130,17 +120,16 @@ def test_drawn_set_has_the_promised_arrays_and_is_deterministic(tmp_path):
     mmgen.command_data(Options(train=20, test=10, size=32, seed=6, data=str(tmp_path / "c")), {})
     assert (tmp_path / "c" / "drawn.npz").read_bytes() != a
 
-
 def test_drawn_colours_are_those_of_the_caption():
     arrays = drawn(40, 1)
-    names, values = mmgen.palette()
+
+    def color(shade, hue):
+        return np.round(255 * np.array(colorsys.hsv_to_rgb(mmgen.HUES[hue], *mmgen.SHADES[shade])))
+
     for image, caption in zip(arrays["train_images"], arrays["train_captions"]):
         words = caption.split()
-        ground = values[names.index(" ".join(words[4:]))]
-        assert (image[0, 0] == ground).all()
-        ink = values[names.index(" ".join(words[:2]))].astype(int)
-        assert np.abs(image.astype(int) - ink).sum(-1).min() < 60
-
+        assert (image[0, 0] == color(*words[4:])).all()
+        assert np.abs(image - color(*words[:2])).sum(-1).min() < 60
 
 def test_drawn_digits_differ_within_a_class_and_can_be_told_apart():
     labels = np.repeat(np.arange(10), 60)
@@ -150,7 +139,6 @@ def test_drawn_digits_differ_within_a_class_and_can_be_told_apart():
     # One nearest neighbour, 30 examples a class
     assert (labels[::2][distance.argmin(1)] == labels[1::2]).mean() > 0.6
     assert np.unique(ink, axis=0).shape[0] == 600
-
 
 @pytest.mark.parametrize("scale,dtype,name", [(3, np.uint8, "2bit"), (255, np.uint8, "8bit"),
                                               (255, np.int64, "8bit"), (1, np.float32, "unit"),
@@ -163,7 +151,6 @@ def test_value_ranges_are_detected(scale, dtype, name):
     assert found == name and out.dtype == np.uint8
     assert (out == levels * 85).all()
 
-
 @pytest.mark.parametrize("bad", [
     np.zeros((0, 8, 8, 3), np.uint8), np.zeros((2, 8, 8), np.uint8),
     np.zeros((2, 8, 8, 4), np.uint8), np.zeros((2, 9, 8, 3), np.uint8),
@@ -173,7 +160,6 @@ def test_value_ranges_are_detected(scale, dtype, name):
 def test_unusable_pictures_are_refused(bad):
     with pytest.raises(InputError):
         mmgen.to_uint8(bad)
-
 
 @pytest.mark.parametrize("layout", ["tuple", "dict"])
 @pytest.mark.parametrize("protocol", [2, 5])
@@ -192,10 +178,8 @@ def test_pickles_are_accepted(tmp_path, layout, protocol):
         pickle.dumps({"train": images[:4], "test": images[:2]}, protocol))
     assert mmgen.load_data(tmp_path).vqvae_train.shape == (4, 28, 28, 3)
 
-
 U8 = np.zeros((4, 8, 8, 3), np.uint8)
 CAPTIONS = [TEXTS[0]] * 4
-
 
 @pytest.mark.parametrize("content,message", [
     (None, "4-tuple or dict with"),
@@ -240,7 +224,6 @@ def test_bad_pickles(tmp_path, content, message):
     assert (message in str(error.value) and str(tmp_path) in str(error.value)
             and "\n" not in str(error.value))
 
-
 @pytest.mark.parametrize("content,message", [
     ({}, "dict with 'train' and 'test'"),
     ([U8, U8], "dict with 'train' and 'test'"),
@@ -256,12 +239,10 @@ def test_bad_picture_pickles(tmp_path, content, message):
         mmgen.load_data(tmp_path)
     assert message in str(error.value)
 
-
 def npy(shape=(8, 8, 3), dtype="|u1", body=192, fortran=False):
     """The bytes of a .npy file whose header need not be true."""
     header = repr({"descr": dtype, "fortran_order": fortran, "shape": shape}).ljust(117) + "\n"
     return b"\x93NUMPY\1\0" + struct.pack("<H", len(header)) + header.encode() + bytes(body)
-
 
 @pytest.mark.parametrize("content,message", [
     (b"", "neither"), (b"GIF89a", "neither"), (b"\x93NUMPY", "no readable picture"),
@@ -288,7 +269,6 @@ def test_bad_images(trained, tmp_path, capsys, content, message):
     assert (status == 2 and error.startswith("mmgen: error: ") and message in error
             and error.count("\n") == 1), error
     assert list(tmp_path.iterdir()) == [tmp_path / "x"]
-
 
 @pytest.mark.parametrize("arguments,message", [
     (["--prompt", "dark red sevn on light blue"], "unknown word 'sevn'"),
@@ -319,7 +299,6 @@ def test_bad_sample_arguments(trained, tmp_path, capsys, arguments, message):
     assert (status == 2 and error.startswith("mmgen: error: ") and message in error
             and error.count("\n") == 1), error
 
-
 def test_every_flag_of_a_configuration_is_checked(tmp_path, capsys):
     tried = 0
     for name, field in Config.fields.items():
@@ -337,11 +316,9 @@ def test_every_flag_of_a_configuration_is_checked(tmp_path, capsys):
                     and (name in error or name.replace("_", "-") in error)), error
     assert tried > 80 and not list(tmp_path.iterdir())
 
-
 class Evil:
     def __reduce__(self):
         return os.system, ("touch /tmp/mmgen_was_here",)
-
 
 @pytest.mark.parametrize("content", [Evil(), {"train": Evil(), "test": 0},
                                      codecs.lookup("utf-8").encode, print])
@@ -351,7 +328,6 @@ def test_pickles_with_code_are_refused(tmp_path, content):
     with pytest.raises(InputError, match="refused"):
         mmgen.load_pickled_data(path)
     assert not Path("/tmp/mmgen_was_here").exists()
-
 
 def test_a_pickle_cannot_ask_for_gigabytes(tmp_path):
     path = tmp_path / "mnist_colored.pkl"
@@ -371,7 +347,6 @@ def test_a_pickle_cannot_ask_for_gigabytes(tmp_path):
     path.write_bytes(array)
     assert mmgen.SafeUnpickler(io.BytesIO(path.read_bytes())).load().shape == (0,)
 
-
 def test_floats_beyond_the_range_by_a_rounding_error_and_fractions_in_other_ranges():
     images = np.random.default_rng(0).random((4, 8, 8, 3), np.float32)
     images.flat[0] = 1.0000002  # an antialiased resize makes such
@@ -380,7 +355,6 @@ def test_floats_beyond_the_range_by_a_rounding_error_and_fractions_in_other_rang
     for bad in (images * 2, images * 200):
         with pytest.raises(InputError, match="does not fit"):
             mmgen.to_uint8(bad)
-
 
 def test_a_pickled_scalar_cannot_ask_for_gigabytes(tmp_path):
     path = tmp_path / "mnist_colored.pkl"
@@ -392,7 +366,6 @@ def test_a_pickled_scalar_cannot_ask_for_gigabytes(tmp_path):
     with pytest.raises(InputError, match="memo"):
         mmgen.load_pickled_data(path)
 
-
 def test_mnist_as_people_have_it(tmp_path):
     """Folders named as the files in them, gzipped bytes under plain names."""
     for prefix, n in (("train", 6), ("t10k", 4)):
@@ -403,7 +376,6 @@ def test_mnist_as_people_have_it(tmp_path):
             (folder / f"{prefix}-{kind}").write_bytes(gzip.compress(raw + bytes(math.prod(shape))))
     assert mmgen.load_data(tmp_path).test_images.shape == (4, 28, 28, 3)
 
-
 def test_a_run_belongs_to_its_data(tmp_path):
     """To the test captions, too: the vocabulary knows their words."""
     arrays = drawn(8, 4)
@@ -411,7 +383,6 @@ def test_a_run_belongs_to_its_data(tmp_path):
     arrays["test_captions"] = ["other words"] * 4
     with pytest.raises(InputError, match="cannot resume, data"):
         train(tmp_path, "vqvae", tiny_config(vqvae_steps=1), as_pairs(arrays), resume=True)
-
 
 def test_raw_mnist(tmp_path):
     (tmp_path / "mnist").mkdir()
@@ -431,7 +402,6 @@ def test_raw_mnist(tmp_path):
     with pytest.raises(InputError, match="no readable IDX"):
         mmgen.load_data(tmp_path)
 
-
 def test_batches_are_a_function_of_seed_and_step():
     def batches(**options):
         return mmgen.Batches(lambda rows: rows.tolist(), 10, 4, **options)
@@ -449,7 +419,6 @@ def test_batches_are_a_function_of_seed_and_step():
 
 # --- tokenizer and sequences ----------------------------------------------------------------------
 
-
 def test_vocabulary_and_round_trip():
     tokenizer = Tokenizer(TEXTS, 24)
     assert tokenizer.all_words[:-4] == sorted(set(" ".join(TEXTS).split()))
@@ -463,7 +432,6 @@ def test_vocabulary_and_round_trip():
         with pytest.raises(InputError):
             tokenizer.text_encode(bad)
 
-
 def test_token_ids_are_stable_across_processes():
     program = f"import sys; sys.path.insert(0, {str(MMGEN.parent)!r}); import mmgen; " \
               f"print(mmgen.Tokenizer({TEXTS!r}, 24).text_encode({TEXTS[1]!r}).tolist())"
@@ -471,7 +439,6 @@ def test_token_ids_are_stable_across_processes():
                               check=True, env={**os.environ, "PYTHONHASHSEED": str(seed)}).stdout
                for seed in (1, 2)}
     assert outputs == {str(Tokenizer(TEXTS, 24).text_encode(TEXTS[1]).tolist()) + "\n"}
-
 
 def test_prompts_are_the_beginnings_of_training_sequences():
     tokenizer = Tokenizer(TEXTS + ["red"], 24)
@@ -494,7 +461,6 @@ def test_prompts_are_the_beginnings_of_training_sequences():
     assert (reading[3, 52:].tolist()
             == [*t.text_encode("red"), t.end_of_text_token] + [t.pad_token] * 4)
 
-
 def test_processes_that_share_a_batch_of_two_train_on_both_orders(monkeypatch):
     tokenizer = Tokenizer(TEXTS, 8)
     row, ids = torch.zeros(1, 4, dtype=torch.int64), tokenizer.encode_batch(TEXTS[:1])
@@ -502,7 +468,6 @@ def test_processes_that_share_a_batch_of_two_train_on_both_orders(monkeypatch):
         monkeypatch.setattr(mmgen, "processes", lambda rank=rank: (rank, 2))
         mixed = mmgen.mixed_sequences(row, ids, tokenizer, ("image_text", "text_image"))
         assert (mixed == make_sequences(row, ids, tokenizer, order)).all()
-
 
 def test_batches_hold_both_orders_and_every_pair():
     vqvae, tokenizer, _ = small_models()
@@ -513,7 +478,6 @@ def test_batches_hold_both_orders_and_every_pair():
     second = torch.cat(batches)[:, 1]
     assert ((second == tokenizer.end_of_text_token).sum()
             == (second == tokenizer.end_of_image_token).sum() == 15)
-
 
 def test_padding_carries_no_loss():
     tokenizer = Tokenizer(TEXTS + ["red"], 24)
@@ -528,7 +492,6 @@ def test_padding_carries_no_loss():
               if rows[b, t + 1] != tokenizer.pad_token]
     assert len(wanted) == 2 * 57 - 5
     assert torch.allclose(loss, torch.stack(wanted).mean(), atol=1e-5)
-
 
 def test_caption_weight_is_on_captions_after_a_picture_only():
     tokenizer = Tokenizer(TEXTS, 24)
@@ -547,7 +510,6 @@ def test_caption_weight_is_on_captions_after_a_picture_only():
 
 # --- VQ-VAE ---------------------------------------------------------------------------------------
 
-
 @pytest.mark.parametrize("kind", [VQVAE, FactoredVQVAE])
 @pytest.mark.parametrize("size,D", [((28, 28), 16), ((32, 32), 8), ((16, 40), 16)])
 def test_vqvae_shapes(kind, size, D):
@@ -562,11 +524,9 @@ def test_vqvae_shapes(kind, size, D):
     assert torch.allclose(vqvae.decode_tokens(tokens), recon, atol=1e-5)
     assert vqvae.n_embeddings == 24
 
-
 def recolored(mask, low, high):
     """Masks (B,H,W) in [0,1] -> pictures (B,3,H,W) between the colours low and high (B,3)."""
     return low[..., None, None] + (high - low)[..., None, None] * mask[:, None]
-
 
 def test_split_colors_are_joined_again_and_masks_do_not_depend_on_colors():
     torch.manual_seed(0)
@@ -584,7 +544,6 @@ def test_split_colors_are_joined_again_and_masks_do_not_depend_on_colors():
         assert torch.allclose(mmgen.split_colors(other)[0], found, atol=1e-5)
     plain = torch.full((1, 3, 8, 8), 0.3)  # a single colour
     assert torch.equal(mmgen.join_colors(*mmgen.split_colors(plain)), plain)
-
 
 def test_factored_vqvae_keeps_colors_in_the_corners():
     torch.manual_seed(0)
@@ -605,7 +564,6 @@ def test_factored_vqvae_keeps_colors_in_the_corners():
     assert all(p.grad.abs().sum() > 0
                for p in (vqvae.colors_in[0].weight, vqvae.colors_out[0].weight))
 
-
 def test_restarted_codes_go_where_the_error_is():
     torch.manual_seed(0)
     quantizer = VectorQuantizer(32, 4, restart=3)
@@ -622,7 +580,6 @@ def test_restarted_codes_go_where_the_error_is():
     quantizer.unused[which] = 4
     quantizer(torch.zeros(1, 4, 5, 5))  # no error anywhere is no error either
 
-
 def test_the_preset_decides_by_the_pictures_whether_to_factor(tmp_path):
     arrays = drawn(40, 8, 16)
     flags = ["--preset", "tiny", "--factored", "auto", "--vqvae-steps", "3", "--phase", "vqvae"]
@@ -637,7 +594,6 @@ def test_the_preset_decides_by_the_pictures_whether_to_factor(tmp_path):
         vqvae = mmgen.load_vqvae(tmp_path / name / "checkpoints" / "vqvae_model.pth")
         assert isinstance(vqvae, FactoredVQVAE) is not busy
 
-
 def test_two_colored_pictures_are_told_from_busier_ones():
     images = drawn(30, 4)["train_images"]
     assert mmgen.two_colored(images) and mmgen.two_colored(images[:1])
@@ -648,7 +604,6 @@ def test_two_colored_pictures_are_told_from_busier_ones():
     assert not mmgen.two_colored(third)
     assert not mmgen.two_colored(np.full((3, 8, 8, 3), 7, np.uint8))  # nothing varies at all
 
-
 def test_decoding_refuses_what_is_no_picture():
     vqvae = VQVAE(dim=8, K=8, D=4, size=(8, 8))
     assert vqvae.decode_tokens(torch.zeros(3, 4, dtype=torch.int64)).shape == (3, 3, 8, 8)
@@ -658,7 +613,6 @@ def test_decoding_refuses_what_is_no_picture():
         with pytest.raises(InputError):
             vqvae.decode_tokens(bad)
 
-
 def test_quantizer_finds_the_nearest_code():
     quantizer = VectorQuantizer(40, 6).eval()
     z = torch.randn(2, 6, 3, 3)
@@ -666,7 +620,6 @@ def test_quantizer_finds_the_nearest_code():
     slow = ((z.movedim(1, -1)[..., None, :] - quantizer.weight) ** 2).sum(-1)  # (2,3,3,40)
     assert torch.equal(tokens, slow.argmin(-1))
     assert torch.equal(z_q, quantizer.weight[tokens].movedim(-1, 1))
-
 
 def test_colour_extremes_are_part_of_the_loss():
     x = torch.full((1, 3, 28, 28), -1.0)
@@ -684,7 +637,6 @@ def test_colour_extremes_are_part_of_the_loss():
         share = compute_loss(x, spot, z, z, extremes=1.0) / compute_loss(x, spot, z, z)
         assert share > 2, side
 
-
 def test_codebook_and_encoder_receive_gradient():
     vqvae, _, _ = small_models()
     x = torch.rand(4, 3, 28, 28) * 2 - 1
@@ -697,7 +649,6 @@ def test_codebook_and_encoder_receive_gradient():
     z_e, z_q, recon = vqvae(x)
     F.mse_loss(z_q, z_e.detach()).backward()
     assert vqvae.codebook.weight.grad.abs().sum() > 0 and vqvae.encoder[0].weight.grad is None
-
 
 def test_ema_codebook_moves_without_gradient_and_dead_codes_restart():
     torch.manual_seed(0)
@@ -721,7 +672,6 @@ def test_ema_codebook_moves_without_gradient_and_dead_codes_restart():
 
 # --- iGPT -----------------------------------------------------------------------------------------
 
-
 @pytest.mark.parametrize("prompt", [1, 2, 9, 30])
 def test_cached_logits_are_the_uncached_ones(prompt):
     _, tokenizer, igpt = small_models()
@@ -730,7 +680,7 @@ def test_cached_logits_are_the_uncached_ones(prompt):
                             tokenizer, "text_image")
     with torch.no_grad():
         whole, places, tables = igpt(tokens), igpt.locate(tokens), igpt.tables()
-        caches = [KVCache(3, 2, 58, 16) for _ in igpt.blocks]
+        caches = torch.zeros(2, 2, 3, 2, 58, 16)  # (layers,2,B,heads,length,head_dim)
 
         def piece(a, b):
             return igpt(tokens[:, a:b], places[:, a:b], tables, caches, a)
@@ -739,7 +689,6 @@ def test_cached_logits_are_the_uncached_ones(prompt):
         pieces += [piece(t, t + 1) for t in range(prompt, 50)]  # one token a step
         pieces.append(piece(50, 58))  # and a later chunk
     assert torch.allclose(torch.cat(pieces, 1), whole, atol=1e-5)
-
 
 def test_captions_of_unlike_length_are_drawn_as_each_alone():
     tokenizer = Tokenizer(TEXTS + ["red two"], 24)
@@ -750,7 +699,6 @@ def test_captions_of_unlike_length_are_drawn_as_each_alone():
     alone = torch.cat([models.images([text], how) for text in texts])
     assert torch.equal(models.images(texts, how), alone)
 
-
 def test_greedy_generation_is_the_uncached_argmax():
     _, tokenizer, igpt = small_models()
     row = mmgen.text_prompt(tokenizer, TEXTS[0])[None]
@@ -759,7 +707,6 @@ def test_greedy_generation_is_the_uncached_argmax():
         for _ in range(12):
             row = torch.cat([row, igpt.eval()(row)[:, -1:, :24].argmax(-1)], 1)
     assert torch.equal(out[0], row[0, -12:])
-
 
 def test_guidance_changes_logits_as_defined():
     _, tokenizer, igpt = small_models()
@@ -777,7 +724,6 @@ def test_guidance_changes_logits_as_defined():
             cond, uncond = torch.cat([cond, token], 1), torch.cat([uncond, token], 1)
     assert torch.equal(out[0], cond[0, -8:])
 
-
 def test_igpt_is_causal_and_knows_its_limits():
     _, tokenizer, igpt = small_models()
     tokens = torch.randint(tokenizer.vocab_size, (2, 58))
@@ -791,7 +737,6 @@ def test_igpt_is_causal_and_knows_its_limits():
     with pytest.raises(AssertionError):
         iGPT(40, 58, d_model=30, n_heads=4)
 
-
 def test_a_parallel_predictor_sees_the_caption_and_no_code():
     vqvae, tokenizer, _ = small_models()
     torch.manual_seed(0)
@@ -803,12 +748,11 @@ def test_a_parallel_predictor_sees_the_caption_and_no_code():
     logits = model(rows[:, :-1])
     assert (logits.shape == (3, 57, tokenizer.vocab_size)
             and torch.equal(logits, model(others[:, :-1])))
-    prompts = torch.stack([mmgen.text_prompt(tokenizer, t) for t in TEXTS])
-    assert torch.allclose(model.predict(prompts, 49), logits[:, 8:, :24], atol=1e-5)
+    greedy = Models(vqvae, model, tokenizer).images(TEXTS, SamplingConfig(greedy=True))
+    assert torch.equal(greedy, logits[:, 8:, :24].argmax(-1))
     assert not torch.allclose(logits[0, 8:], logits[1, 8:])
     with pytest.raises(InputError, match="parallel"):
         Models(vqvae, model, tokenizer).captions(tokens, SamplingConfig())
-
 
 def test_a_parallel_predictor_draws_for_captions_of_any_length():
     vqvae, tokenizer, _ = small_models()
@@ -818,7 +762,6 @@ def test_a_parallel_predictor_draws_for_captions_of_any_length():
         Options(mode="text", n=2), Models(vqvae, model, tokenizer), SamplingConfig(),
         ["red one", TEXTS[0]])
     assert images.shape == (4, 28, 28, 3) and captions == ["red one"] * 2 + [TEXTS[0]] * 2
-
 
 @pytest.mark.parametrize("regime", ["multi", "single"])
 def test_training_a_parallel_predictor(tmp_path, data_dir, regime):
@@ -838,7 +781,6 @@ def test_training_a_parallel_predictor(tmp_path, data_dir, regime):
         result = command("sample", "--run", tmp_path, "--data", data_dir, *more)
         assert result.returncode == 2 and "parallel predictor" in result.stderr
 
-
 def test_codes_alike_share_embeddings_and_the_codebook_gets_gradient():
     vqvae, tokenizer, igpt = small_models()
     assert not any(p is vqvae.codebook.weight for p in igpt.parameters())
@@ -847,7 +789,6 @@ def test_codes_alike_share_embeddings_and_the_codebook_gets_gradient():
                           tokenizer, "text_image")
     igpt(rows).square().mean().backward()
     assert vqvae.codebook.weight.grad.abs().sum() > 0
-
 
 def test_causal_attention_counts_from_the_last_column():
     """Whatever the dtype: PyTorch's own causal flag would count from the first column."""
@@ -859,12 +800,10 @@ def test_causal_attention_counts_from_the_last_column():
             assert torch.allclose(part, whole[:, :, first:], atol=1e-2)
         assert not torch.allclose(mmgen.attend(q, k, v, causal=False), whole, atol=1e-2)
 
-
 def test_quantizer_takes_bfloat16_features():
     for ema in (0.0, 0.9):
         z_q = VectorQuantizer(5, 4, ema=ema)(torch.randn(2, 4, 3, 3).to(torch.bfloat16))
         assert z_q.shape == (2, 4, 3, 3)
-
 
 def test_dropout_only_in_training():
     torch.manual_seed(0)
@@ -877,7 +816,6 @@ def test_dropout_only_in_training():
 
 # --- sampling -------------------------------------------------------------------------------------
 
-
 def test_top_k_and_top_p():
     logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]]))
     probs = mmgen.logits_to_probs
@@ -887,7 +825,6 @@ def test_top_k_and_top_p():
     assert torch.allclose(probs(logits, top_p=0.01), torch.tensor([[1.0, 0, 0, 0]]))
     assert probs(logits, temperature=0.1).max() > probs(logits).max()
     assert mmgen.sample_token(logits, SamplingConfig(greedy=True)).tolist() == [0]
-
 
 def test_unconditional_spans_never_mix():
     vqvae, tokenizer, igpt = small_models()
@@ -903,7 +840,6 @@ def test_unconditional_spans_never_mix():
     assert starts == {(tokenizer.bos_token, tokenizer.end_of_text_token),
                       (tokenizer.bos_token, tokenizer.end_of_image_token)}  # both orders occurred
 
-
 def test_sampling_is_reproducible():
     vqvae, tokenizer, igpt = small_models()
 
@@ -915,7 +851,6 @@ def test_sampling_is_reproducible():
 
 
 # --- training -------------------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize("regime", ["two-stage", "single", "multi"])
 def test_loss_falls_in_every_regime(tmp_path, regime, capsys):
@@ -940,7 +875,6 @@ def test_loss_falls_in_every_regime(tmp_path, regime, capsys):
     uniform = np.log(cfg.vqvae_K)
     assert figures["nll_image"] < uniform and figures["nll_text"] < np.log(len(tokenizer.words))
 
-
 def joint_trainer(lambda_xent=1.0, phase="finetune"):
     vqvae, tokenizer, igpt = small_models()
     vqvae.train()
@@ -950,7 +884,6 @@ def joint_trainer(lambda_xent=1.0, phase="finetune"):
     vqvae(x)  # data-dependent initialization
     return JointTrainer(phase, Models(vqvae, igpt, tokenizer), optimizer, "cpu", 200,
                         cfg=Config(lambda_xent=lambda_xent, lambda_warmup=0.05)), batch
-
 
 def test_cross_entropy_reaches_encoder_and_codebook():
     trainer, (x, text_ids) = joint_trainer()
@@ -970,7 +903,6 @@ def test_cross_entropy_reaches_encoder_and_codebook():
     plain = F.cross_entropy(igpt(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten())
     assert torch.allclose(xent, plain, atol=1e-5)
 
-
 def test_soft_targets_move_features_to_where_the_transformer_expects_them():
     trainer, (x, text_ids) = joint_trainer()
     vqvae, igpt = trainer.models.vqvae, trainer.models.igpt
@@ -988,14 +920,12 @@ def test_soft_targets_move_features_to_where_the_transformer_expects_them():
 
     assert share_of_wanted(step) > share_of_wanted(z_e.detach())
 
-
 def test_lambda_warms_up_and_ramps():
     trainer, _ = joint_trainer(0.5, "single")  # of 200 steps: 10 warm up, 10 rise
     seen = []
     for trainer.step in range(30):
         seen.append(trainer.lambda_now())
     assert seen[:10] == [0.0] * 10 and seen[19:] == [0.5] * 11 and seen == sorted(seen)
-
 
 def test_parameter_groups_have_a_slower_codebook():
     vqvae, _, igpt = small_models()
@@ -1007,7 +937,6 @@ def test_parameter_groups_have_a_slower_codebook():
         found = mmgen.make_optimizer(tiny_config(optimizer=optimizer), models, {})
         count = sum(len(g["params"]) for g in found.param_groups)
         assert count == len(list(vqvae.parameters())) + len(list(igpt.parameters()))
-
 
 def test_frozen_parts_stay_frozen(tmp_path):
     data = as_pairs(drawn(64, 16))
@@ -1024,7 +953,6 @@ def test_frozen_parts_stay_frozen(tmp_path):
                    if k.endswith("weight"))
     assert not all(torch.equal(igpt_before[k], v) for k, v in igpt.state_dict().items())
 
-
 def test_phases_of_other_settings_keep_the_models_loadable(tmp_path):
     """Each model's file carries the configuration it was built with, not that of the last phase."""
     data = as_pairs(drawn(40, 8))
@@ -1038,7 +966,6 @@ def test_phases_of_other_settings_keep_the_models_loadable(tmp_path):
     assert vqvae.encoder[0].out_channels == 8 and igpt.norm.normalized_shape == (16,)
     with pytest.raises(InputError, match="holds a run"):  # phase 1 anew would orphan the iGPT
         train(tmp_path, "vqvae", tiny_config(), data)
-
 
 @pytest.mark.parametrize("done,regime,admitted,left", [
     ("vqvae", "igpt", True, "vqvae"), ("vqvae igpt", "finetune", True, "vqvae igpt"),
@@ -1072,7 +999,6 @@ def test_what_a_finished_run_admits_and_what_is_left_of_it(tmp_path, done, regim
         with pytest.raises(InputError, match="holds a run"):
             run(regime, resume=True)
 
-
 @pytest.mark.parametrize("bf16", [False, True])
 def test_muon_orthogonalizes(bf16):
     torch.manual_seed(0)
@@ -1097,7 +1023,6 @@ def test_muon_orthogonalizes(bf16):
             and torch.allclose(bias, torch.tensor(-0.01), atol=1e-4))
     assert mmgen.Muon([bias], 0.5).param_groups[0]["lr"] == 0.5  # as any optimizer of torch
 
-
 def test_cosine_scheduler():
     optimizer = torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     scheduler = mmgen.create_cosine_scheduler(optimizer, warmup_steps=10, total_steps=110)
@@ -1107,7 +1032,6 @@ def test_cosine_scheduler():
         optimizer.step(), scheduler.step()
     assert rates[:10] == sorted(rates[:10]) and max(rates) == 1.0 and rates[10] == 1.0
     assert abs(rates[60] - 0.5) < 1e-6 and rates[-1] < 1e-6
-
 
 def test_library_snippets_of_the_notes(tmp_path):
     """The custom training of the notes, with smaller numbers."""
@@ -1151,7 +1075,6 @@ def test_library_snippets_of_the_notes(tmp_path):
     x = mmgen.normalize_images(train_data, method="vqvae")
     assert x.shape == (32, 3, 28, 28) and x.min() >= -1 and x.max() <= 1
 
-
 def test_part_one_is_complete():
     """All above the banner, alone in a module, trains every regime and samples every mode."""
     source = MMGEN.read_text()
@@ -1171,14 +1094,12 @@ def test_part_one_is_complete():
         assert len(pictures) == len(captions) == 3
     del sys.modules["part_one"]
 
-
 def test_numbers_of_numpy_become_pythons():
     cfg = Config(vqvae_lr=np.float64(1e-3), vqvae_K=np.int64(64), dropout=0)
     assert [type(v) for v in (cfg.vqvae_lr, cfg.vqvae_K, cfg.dropout)] == [float, int, float]
     for bad in (dict(vqvae_K=64.5), dict(vqvae_K=True), dict(vqvae_lr="1e-3")):
         with pytest.raises(InputError):
             Config(**bad)
-
 
 def test_processes_draw_noise_of_their_own(monkeypatch):
     seeds = []
@@ -1190,10 +1111,8 @@ def test_processes_draw_noise_of_their_own(monkeypatch):
         trainer.train_step(torch.rand(2, 3, 28, 28))
     assert len(set(seeds)) == 2
 
-
 def test_fine_tuning_neither_restarts_codes_nor_averages_them():
     trainer, batch = joint_trainer()
-    trainer.train_mode()
     vqvae = trainer.models.vqvae
     before = copy.deepcopy(vqvae.codebook.state_dict())
     for _ in range(3):
@@ -1202,7 +1121,6 @@ def test_fine_tuning_neither_restarts_codes_nor_averages_them():
     assert vqvae.training and not vqvae.codebook.training
     assert joint_trainer(phase="single")[0].phase == "single"
 
-
 def test_temperature_zero_is_greedy():
     logits = torch.randn(5, 9)
     greedy = mmgen.sample_token(logits, SamplingConfig(greedy=True))
@@ -1210,7 +1128,6 @@ def test_temperature_zero_is_greedy():
 
 
 # --- files and command line -----------------------------------------------------------------------
-
 
 def test_a_run_writes_what_it_promises(trained):
     for name in ("checkpoints/vqvae_model.pth", "checkpoints/igpt_model.pth",
@@ -1225,7 +1142,6 @@ def test_a_run_writes_what_it_promises(trained):
         assert images.shape == (9, 28, 28, 3) and images.dtype == np.uint8
         assert len((trained / f"results/{mode}_samples.txt").read_text().splitlines()) == 9
         assert (trained / f"results/{mode}_samples.ppm").read_bytes()[:2] == b"P6"
-
 
 def test_sample_text(trained, data_dir, tmp_path):
     prompts = mmgen.load_data(data_dir).test_captions[:2]
@@ -1242,7 +1158,6 @@ def test_sample_text(trained, data_dir, tmp_path):
     wanted = [prompts[0]] * 2 + [prompts[0]] * 2 + [prompts[1]] * 2
     assert (tmp_path / "a.txt").read_text().splitlines() == wanted
 
-
 def test_sample_image_from_npy_and_ppm(trained, data_dir, tmp_path):
     image = mmgen.load_data(data_dir).test_images[0]
     np.save(tmp_path / "x.npy", image)
@@ -1255,7 +1170,6 @@ def test_sample_image_from_npy_and_ppm(trained, data_dir, tmp_path):
         texts.append((tmp_path / "out.txt").read_text())
     assert texts[0] == texts[1] and len(texts[0].splitlines()) == 1
 
-
 def test_sample_unconditional_shown_as_png(trained, data_dir, tmp_path):
     result = command("sample", "--mode", "unconditional", "--run", trained, "-n", 5,
                      "--out", tmp_path / "u.png", "--show")
@@ -1263,7 +1177,6 @@ def test_sample_unconditional_shown_as_png(trained, data_dir, tmp_path):
     assert result.stdout.count("▀") >= 5 * 28 * 14
     assert (tmp_path / "u.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     assert np.load(tmp_path / "u.npy").shape == (5, 28, 28, 3)
-
 
 def test_the_samples_of_a_prompt_share_a_row_of_the_grid(trained, data_dir, tmp_path):
     for n, size in ((1, (3, 3)), (4, (5, 8))):  # rows and columns for nine prompts
@@ -1273,7 +1186,6 @@ def test_the_samples_of_a_prompt_share_a_row_of_the_grid(trained, data_dir, tmp_
                      "--prompt", TEXTS[0], "--prompt", TEXTS[1], "--out", tmp_path / "s")
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "s.ppm").read_bytes().startswith(b"P6\n290 116\n")  # 5 pictures by 2
-
 
 @pytest.mark.parametrize("given,out", [("c.txt", "c"), ("x.npy", "x.png")])
 def test_samples_do_not_replace_what_they_were_made_of(trained, data_dir, tmp_path, given, out):
@@ -1285,7 +1197,6 @@ def test_samples_do_not_replace_what_they_were_made_of(trained, data_dir, tmp_pa
     result = command("sample", "--run", trained, *inputs, "--out", tmp_path / out)
     assert result.returncode == 2 and "write over" in result.stderr
     assert (tmp_path / given).read_bytes() == before
-
 
 def test_a_begun_caption_is_completed_and_a_whole_one_kept():
     vqvae, tokenizer, igpt = small_models()
@@ -1300,7 +1211,6 @@ def test_a_begun_caption_is_completed_and_a_whole_one_kept():
         mmgen.finish_caption(models, "plain rad ...", how)
     with pytest.raises(InputError, match="no room"):
         mmgen.finish_caption(models, TEXTS[0] + "...", how)
-
 
 def test_completion_keeps_the_first_rows(trained, data_dir, tmp_path):
     images = mmgen.load_data(data_dir).test_images[:3]
@@ -1321,7 +1231,6 @@ def test_completion_keeps_the_first_rows(trained, data_dir, tmp_path):
                      "--image", tmp_path / "x.npy")
     assert result.returncode == 2 and "7 rows" in result.stderr
 
-
 def test_a_completed_picture_keeps_its_colors():
     torch.manual_seed(0)
     vqvae = FactoredVQVAE(16, 24, 16).eval()
@@ -1336,7 +1245,6 @@ def test_a_completed_picture_keeps_its_colors():
     whole, made = mmgen.extract_tokens(vqvae, images).view(-1, 7, 7), seen[0].view(-1, 7, 7)
     assert torch.equal(made[:, :3], whole[:, :3]) and not torch.equal(made[:, 3:], whole[:, 3:])
     assert torch.equal(mmgen.corners(made), mmgen.corners(whole))
-
 
 def test_likelihoods_are_those_of_the_next_token_predictions():
     vqvae, tokenizer, igpt = small_models()
@@ -1358,7 +1266,6 @@ def test_likelihoods_are_those_of_the_next_token_predictions():
             log_p = igpt(row[None, :-1]).log_softmax(-1)[0, len(prompt) - 1 :]
             assert torch.allclose(log_p.gather(1, ids[:, None]).sum(), read[i], atol=1e-3)
     assert (pair < drawn).all() and (pair < read).all()
-
 
 def test_score_and_best_of(trained, data_dir, tmp_path):
     data = mmgen.load_data(data_dir)
@@ -1385,14 +1292,12 @@ def test_score_and_best_of(trained, data_dir, tmp_path):
                                        SamplingConfig(), data.test_images[:4])
     assert (images == np.repeat(data.test_images[:4], 2, 0)).all() and len(texts) == 8
 
-
 def test_eval_json(trained, data_dir):
     result = command("eval", "--run", trained, "--data", data_dir, "--json")
     assert result.returncode == 0, result.stderr
     figures = json.loads(result.stdout)
     assert figures["recon_psnr"] == pytest.approx(10 * np.log10(4 / figures["recon_mse"]))
     assert 0 <= figures["caption_exact"] <= figures["caption_slot_accuracy"] <= 1
-
 
 def test_a_32_pixel_run(tmp_path):
     assert command("data", "--data", tmp_path, "--train", 40, "--test", 8,
@@ -1403,7 +1308,6 @@ def test_a_32_pixel_run(tmp_path):
     assert result.returncode == 0, result.stderr
     assert np.load(tmp_path / "results/unconditional_samples.npy").shape == (9, 32, 32, 3)
     assert "finetune" not in (tmp_path / "results/training_curves.csv").read_text()
-
 
 def test_data_is_drawn_only_in_the_default_directory(tmp_path, monkeypatch):
     arrays = drawn(32, 8)
@@ -1418,7 +1322,6 @@ def test_data_is_drawn_only_in_the_default_directory(tmp_path, monkeypatch):
     assert (tmp_path / "checkpoints/vqvae_model.pth").exists()
     assert (tmp_path / "data/drawn.npz").exists()
 
-
 def test_pictures_alone_train_the_vqvae_and_nothing_else(tmp_path):
     images = drawn(32, 8)
     (tmp_path / "mnist_colored.pkl").write_bytes(pickle.dumps(
@@ -1428,7 +1331,6 @@ def test_pictures_alone_train_the_vqvae_and_nothing_else(tmp_path):
     assert result.returncode == 2 and "colored_mnist_with_text.pkl" in result.stderr
     assert command(*train, "--phase", "vqvae").returncode == 0
     assert not (tmp_path / "drawn.npz").exists()
-
 
 def test_resume_gives_the_same_weights(tmp_path, data_dir):
     cfg, data = (tiny_config(vqvae_steps=20, igpt_steps=20, finetune_steps=10),
@@ -1469,7 +1371,6 @@ def test_resume_gives_the_same_weights(tmp_path, data_dir):
                 for f in ("whole", "cut"))
         assert all(torch.equal(a[k], b[k]) for k in a)
 
-
 @pytest.mark.parametrize("regime", ["two-stage", "single", "multi"])
 def test_kill_9_at_any_moment_then_resume(tmp_path, data_dir, regime):
     """Killed again and again, the run ends with the weights of the one that never was."""
@@ -1503,7 +1404,6 @@ def test_kill_9_at_any_moment_then_resume(tmp_path, data_dir, regime):
               for f in ("whole", "cut")]
     assert curves[0] == curves[1]
 
-
 def test_two_trainings_in_one_directory(tmp_path, data_dir):
     run = mmgen.Run(tmp_path, "vqvae", tiny_config(), mmgen.load_data(data_dir))
     with run.lock:
@@ -1511,7 +1411,6 @@ def test_two_trainings_in_one_directory(tmp_path, data_dir):
                          "--run", tmp_path)
     assert result.returncode == 2 and "another training" in result.stderr
     assert not (tmp_path / "checkpoints" / "vqvae_model.pth").exists()
-
 
 @pytest.mark.parametrize("args,message", [
     (["train", "--resume", "--overwrite"], "not allowed"),
@@ -1546,7 +1445,6 @@ def test_errors_are_one_line(args, message, trained, data_dir, tmp_path):
     assert (lines[-1].startswith("mmgen: error: ") and message in lines[-1]
             and len(lines) == 1), result.stderr
 
-
 @pytest.mark.parametrize("number,status", [(2, 130), (15, 143)])
 def test_ctrl_c_and_sigterm_save_and_exit(tmp_path, data_dir, number, status):
     process = subprocess.Popen([sys.executable, str(MMGEN), "train", "--phase", "vqvae",
@@ -1560,7 +1458,6 @@ def test_ctrl_c_and_sigterm_save_and_exit(tmp_path, data_dir, number, status):
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == status and "--resume" in stderr and "Traceback" not in stderr
     assert mmgen.load_checkpoint(state, "state")["trainer"]["step"] >= 0
-
 
 def test_same_seed_same_bytes(tmp_path, data_dir):
     for name in ("a", "b"):
@@ -1576,7 +1473,6 @@ def test_same_seed_same_bytes(tmp_path, data_dir):
     for path in files:
         assert (tmp_path / "a" / path).read_bytes() == (tmp_path / "b" / path).read_bytes(), path
 
-
 def test_a_gradient_that_is_not_finite_leaves_the_weights_alone():
     vqvae, _, _ = small_models()
     trainer = VQVAETrainer(vqvae, torch.optim.Adam(vqvae.parameters()), "cpu")
@@ -1586,7 +1482,6 @@ def test_a_gradient_that_is_not_finite_leaves_the_weights_alone():
         trainer.train_step(torch.rand(2, 3, 28, 28))
     assert torch.equal(vqvae.encoder[0].weight, before)
 
-
 def test_the_loop_takes_the_loaders_of_torch():
     vqvae, _, _ = small_models()
     pictures = [torch.rand(3, 28, 28) for _ in range(4)]
@@ -1594,7 +1489,6 @@ def test_the_loop_takes_the_loaders_of_torch():
     trainer = VQVAETrainer(vqvae, torch.optim.Adam(vqvae.parameters()), "cpu")
     losses, _ = trainer.train(loader, loader, num_epochs=2)
     assert len(losses) == 2 and trainer.step == 4 and not vqvae.training
-
 
 @pytest.mark.parametrize("in_training,step", [(True, 3), (False, 4)])
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, data_dir, monkeypatch, capsys,
@@ -1615,7 +1509,6 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, data_dir, monkeypatch
     assert good == [(tmp_path / f"checkpoints/{name}_model.pth").read_bytes()
                     for name in ("vqvae", "igpt")]
 
-
 def test_a_full_disk_leaves_the_old_files_whole(trained, data_dir, tmp_path):
     """The limit on a file's size stands for the disk's: a write fails half-way."""
     shutil.copytree(trained, tmp_path / "run")
@@ -1632,7 +1525,6 @@ def test_a_full_disk_leaves_the_old_files_whole(trained, data_dir, tmp_path):
         after = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*")
                  if p.is_file() and p.name != ".lock"}
         assert after == {p: b for p, b in before.items() if p.name != ".lock"}
-
 
 def test_a_damaged_state_is_refused(tmp_path, data_dir):
     cfg, data, cpu = (tiny_config(vqvae_steps=20), mmgen.load_data(data_dir),
@@ -1651,14 +1543,12 @@ def test_a_damaged_state_is_refused(tmp_path, data_dir):
             train(tmp_path, "vqvae", cfg, data, resume=True)
     assert not (tmp_path / "checkpoints" / "vqvae_model.pth").exists()
 
-
 def test_a_finished_run_changes_nothing(trained, data_dir):
     before = {p: p.read_bytes() for p in trained.rglob("*") if p.is_file()}
     result = command("train", "--phase", "multi", "--preset", "tiny", "--data", data_dir,
                      "--run", trained, "--resume")
     assert result.returncode == 0 and "finished" in result.stderr
     assert before == {p: p.read_bytes() for p in trained.rglob("*") if p.is_file()}
-
 
 def mutated(good, rng):
     """Bytes of a file with a few bits flipped, a piece cut out, doubled or overwritten, or the end
@@ -1686,7 +1576,6 @@ def mutated(good, rng):
             case 4:
                 data[at : at + 4] = bytes([int(rng.choice([0, 0x7F, 0xFF]))]) * 4
     return bytes(data)
-
 
 @pytest.fixture(scope="session")
 def good_files(trained, tmp_path_factory):
@@ -1722,7 +1611,6 @@ def good_files(trained, tmp_path_factory):
         files[f"c/{name}.pth"] = (trained / f"checkpoints/{name}.pth").read_bytes(), reader
     return files
 
-
 def test_damaged_files_lead_to_one_clear_error(good_files, tmp_path):
     """`make fuzz` tries ten thousand: success or InputError, under 5 s and 1 GiB each."""
     import resource
@@ -1755,13 +1643,11 @@ def test_damaged_files_lead_to_one_clear_error(good_files, tmp_path):
     assert all((name, "refused") in outcomes for name in good_files), outcomes
     print(tried, "cases", outcomes)
 
-
 def torchrun(*args):
     return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
                            "--nproc-per-node", "2", "--", *map(str, args)], text=True,
                           capture_output=True, timeout=240,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
-
 
 @pytest.mark.parametrize("regime", ["multi", "single"])
 def test_two_processes_train_as_one(tmp_path, data_dir, regime):
@@ -1777,7 +1663,6 @@ def test_two_processes_train_as_one(tmp_path, data_dir, regime):
         ends.append({row["phase"]: float(row["test_loss"]) for row in rows})
     assert ends[1] == pytest.approx(ends[0], rel=0.01)
     assert len(list((tmp_path / "two/results").iterdir())) == 12
-
 
 def test_processes_agree_on_codes_that_move_and_restart(tmp_path):
     (tmp_path / "program.py").write_text(f"""
@@ -1799,13 +1684,11 @@ sys.stdout.write(f"codes {{mmgen.fingerprint(types.SimpleNamespace(codebook=code
     assert len(found) == 2 and found[0] == found[1]
     assert 0 < int(found[0][1]) < 16  # the features of both processes attract codes
 
-
 def test_a_failing_process_ends_all_with_its_reason(tmp_path, data_dir):
     result = torchrun(MMGEN, "train", "--phase", "igpt", "--preset", "tiny", "--data", data_dir,
                       "--run", tmp_path)
     assert (result.returncode != 0 and "mmgen: error:" in result.stderr
             and "does not exist" in result.stderr)
-
 
 def test_other_data_and_a_file_for_a_directory_are_refused(trained, data_dir, tmp_path):
     write_pairs(tmp_path, drawn(20, 8, seed=9))
@@ -1819,14 +1702,12 @@ def test_other_data_and_a_file_for_a_directory_are_refused(trained, data_dir, tm
     result = command("sample", "--mode", "unconditional", "--best-of", 2, "--run", trained)
     assert result.returncode == 2 and "--best-of" in result.stderr
 
-
 def test_an_igpt_of_other_codes_is_refused(trained, tmp_path):
     vqvae = mmgen.load_vqvae(trained / "checkpoints" / "vqvae_model.pth")
     with torch.no_grad():
         vqvae.codebook.weight[0] += 1
     with pytest.raises(InputError, match="codes of another"):
         mmgen.load_igpt(trained / "checkpoints" / "igpt_model.pth", vqvae)
-
 
 def test_a_drawn_set_of_floats_is_refused(tmp_path):
     arrays = drawn(8, 8)
@@ -1835,11 +1716,9 @@ def test_a_drawn_set_of_floats_is_refused(tmp_path):
     with pytest.raises(InputError, match="does not fit 8bit"):
         mmgen.load_data(tmp_path)
 
-
 def test_heads_that_do_not_divide_the_width_are_refused_before_phase_1():
     with pytest.raises(InputError, match="d_model 32 is not divisible by 3 heads"):
         tiny_config(n_heads=3)
-
 
 @pytest.mark.parametrize("words", [None, 5, "red", [], ["red", 7]])
 def test_a_damaged_vocabulary_is_refused(trained, tmp_path, words):
@@ -1849,12 +1728,10 @@ def test_a_damaged_vocabulary_is_refused(trained, tmp_path, words):
     with pytest.raises(InputError, match="igpt.pth"):
         mmgen.load_igpt(tmp_path / "igpt.pth", vqvae)
 
-
 def test_a_cache_is_as_large_as_its_shape_says():
-    cache = KVCache(64, 4, 58, 32)
-    assert cache.k.nbytes + cache.v.nbytes == 2 * 64 * 58 * 128 * 4
-    assert cache.k.untyped_storage().nbytes() == cache.k.nbytes
-
+    _, tokenizer, igpt = small_models()
+    caches = mmgen.Decoder(igpt, torch.full((64, 9), tokenizer.bos_token), 49, (0, 24)).caches
+    assert caches.nbytes == caches.untyped_storage().nbytes() == 2 * 2 * 64 * 57 * 32 * 4
 
 @pytest.mark.parametrize("kind", [VQVAE, FactoredVQVAE])
 @pytest.mark.parametrize("linked", [True, False])
@@ -1872,12 +1749,10 @@ def test_models_built_by_hand_are_saved(tmp_path, kind, linked):
     assert type(again) is kind and torch.equal(again(x)[2], vqvae(x)[2])
     assert torch.equal(igpt_again(rows), igpt(rows)) and tokenizer_again.words == tokenizer.words
 
-
 def test_what_a_kill_has_left_is_written_over(tmp_path):
     (tmp_path / ".x.txt.tmp").write_text("half of it")
     mmgen.atomic_write(tmp_path / "x.txt", b"whole")
     assert [p.name for p in tmp_path.iterdir()] == ["x.txt"]
-
 
 def test_without_file_locks_training_goes_on(tmp_path, data_dir, monkeypatch):
     def flock(*_):
@@ -1888,7 +1763,6 @@ def test_without_file_locks_training_goes_on(tmp_path, data_dir, monkeypatch):
                      "--data", data_dir, "--run", tmp_path)
     assert result.returncode == 0 and result.stderr.count("cannot be locked") == 1
 
-
 def test_training_in_a_worker_thread(tmp_path, data_dir):
     """Signal handlers can be set in the main thread only."""
     args, status = ["train", "--phase", "vqvae", "--preset", "tiny", "--vqvae-steps", "2",
@@ -1897,7 +1771,6 @@ def test_training_in_a_worker_thread(tmp_path, data_dir):
     thread.start()
     thread.join()
     assert status == [0]
-
 
 def test_prompts_with_a_byte_order_mark_and_likelihoods_of_orders_not_trained(tmp_path, data_dir):
     args = ["--data", data_dir, "--run", tmp_path]
@@ -1911,11 +1784,9 @@ def test_prompts_with_a_byte_order_mark_and_likelihoods_of_orders_not_trained(tm
     picture, caption, pair = map(float, result.stdout.splitlines()[-1].split()[:3])
     assert math.isnan(picture) and caption < 0 and pair < caption
 
-
 def test_without_a_command_the_help_is_printed():
     result = command()
     assert result.returncode == 0 and "train" in result.stdout and not result.stderr
-
 
 def test_importing_does_nothing():
     program = f"import sys; sys.path.insert(0, {str(MMGEN.parent)!r}); import torch; " \
@@ -1930,7 +1801,6 @@ def test_importing_does_nothing():
 # Absolute times say more about the machine than about the code, so every row is a ratio of two
 # things timed in the same rounds: mmgen's way and the plain way, or mmgen and the machine's limit.
 
-
 def timed_in_turn(*functions, rounds=5):
     """Median seconds of each function; they take turns, so a slow moment hits all alike."""
     seconds = [[] for _ in functions]
@@ -1942,13 +1812,11 @@ def timed_in_turn(*functions, rounds=5):
                 out.append(time.perf_counter() - start)
     return [float(np.median(s)) for s in seconds]
 
-
 class DistanceTensor(VectorQuantizer):
     """The notes' quantizer: every difference of a feature and a code is written to memory."""
 
     def distances(self, z):
         return (z[..., None, :] - self.weight).square().sum(-1)
-
 
 class PlainBlock(mmgen.Block):
     """A textbook block: scores, mask and softmax spelled out in float32."""
@@ -1964,7 +1832,6 @@ class PlainBlock(mmgen.Block):
         x = x + self.dropout(layer.out((weights @ v).transpose(1, 2).reshape(B, T, d)))
         return x + self.dropout(self.mlp(self.norm2(x)))
 
-
 def training_steps(pairs, batch):
     """[(model, its trainer's class and arguments)] -> functions that make one training step each:
     ours, in the precision that `train` would choose, and the other, in float32."""
@@ -1975,7 +1842,6 @@ def training_steps(pairs, batch):
         trainer = trainer_class(model.train(), optimizer, "cpu", *options, bf16=bf16)
         steps.append(functools.partial(trainer.train_step, batch))
     return steps
-
 
 def bench_quantizer():
     """6272 features of length 256, forward and backward."""
@@ -1990,7 +1856,6 @@ def bench_quantizer():
     yield [("quantizer, K 128, both ways", ours, plain, "(N,K,D) tensor"),
            ("quantizer, K 1024, both ways", large, ours, "K 128")]
 
-
 def bench_vqvae():
     """Training steps and token extraction of the notes' VQ-VAE, batch 128."""
     x, vqvae, plain_vqvae = torch.rand(128, 3, 28, 28) * 2 - 1, VQVAE(), VQVAE()
@@ -2003,7 +1868,6 @@ def bench_vqvae():
     yield [("VQ-VAE step, dim 256, batch 128", ours, plain, "(N,K,D) tensor"),
            ("token extraction", extract, encoded, "encoder's forward pass")]
 
-
 def bench_igpt():
     """Training steps of the notes' iGPT, batch 128, V 165, 57 tokens."""
     igpt, plain = iGPT(165, 58), iGPT(165, 58)
@@ -2011,7 +1875,6 @@ def bench_igpt():
     ours, other = yield training_steps([(m, iGPTTrainer, 165, 58) for m in (igpt, plain)],
                                        torch.randint(165, (128, 58)))
     yield [("iGPT step, batch 128", ours, other, "plain block, float32")]
-
 
 def bench_sampling():
     """64 pictures of 49 tokens after 9 of prompt."""
@@ -2034,7 +1897,6 @@ def bench_sampling():
     yield [("sampling 64 pictures", ours, plain, "no cache"),
            ("the same, guided", with_guidance, ours, "unguided")]
 
-
 def bench_start():
     """`mmgen.py --help` in a fresh process."""
     run = functools.partial(subprocess.run, check=True, stdout=subprocess.DEVNULL)
@@ -2042,14 +1904,12 @@ def bench_start():
                            lambda: run([sys.executable, "-c", "import torch"])]
     yield [("mmgen.py --help", help_, torch_, "import torch")]
 
-
 def bench(rounds=5):
     """Rows (what, seconds of ours, of the other, what the other is), one by one."""
     torch.manual_seed(0)
     for part in (bench_quantizer, bench_vqvae, bench_igpt, bench_sampling, bench_start):
         steps = part()  # a generator: first what is to be timed, then, given the seconds, the rows
         yield from steps.send(timed_in_turn(*next(steps), rounds=rounds))
-
 
 def test_bench_has_its_rows():
     """One round in place of several: whether the rows are there and the large ratios large."""
