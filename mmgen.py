@@ -273,12 +273,10 @@ class Batches:
         self.get, self.n_rows, self.batch_size, self.seed = get, n_rows, batch_size, seed
         self.per_epoch = math.ceil(n_rows / batch_size)
         self.per_pass, self.next_step = per_pass or self.per_epoch, 0
-        self.rows = functools.lru_cache(1)(self.rows)  # of the current epoch
+        self.permutation = functools.lru_cache(1)(self.permutation)  # of the current epoch
 
-    def rows(self, epoch):
+    def permutation(self, epoch):
         """Row numbers in an epoch's order, int64 (n_rows,)."""
-        if self.seed is None:
-            return torch.arange(self.n_rows)
         chance = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         return torch.randperm(self.n_rows, generator=chance)
 
@@ -291,8 +289,10 @@ class Batches:
 
     def __getitem__(self, step):
         epoch, batch = divmod(step, self.per_epoch)
-        rows = self.rows(epoch)[batch * self.batch_size : (batch + 1) * self.batch_size]
-        rank, world = (0, 1) if self.seed is None else processes()
+        part = slice(batch * self.batch_size, (batch + 1) * self.batch_size)
+        if self.seed is None:
+            return self.get(torch.arange(self.n_rows)[part])
+        rows, (rank, world) = self.permutation(epoch)[part], processes()
         # Several processes share a batch in equal parts; what is lacking is taken twice
         size = math.ceil(len(rows) / world)
         return self.get(rows.repeat(world)[rank * size : (rank + 1) * size])
@@ -300,6 +300,11 @@ class Batches:
 def to_float(images):
     """uint8 tensor (B,H,W,3) -> float (B,3,H,W) in [-1,1]."""
     return images.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+def denormalize(x):
+    """The way back: (B,3,H,W) in [-1,1] -> uint8 array (B,H,W,3)."""
+    x = (x.clamp(-1, 1) + 1) * 127.5
+    return x.round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 def picture_batches(images, batch_size, text_ids=None, **options):
     """uint8 pictures (M,H,W,3) -> Batches of (B,3,H,W) in [-1,1]; with text ids (M,L+1) of pairs
@@ -832,11 +837,8 @@ def extract_tokens(vqvae, images):
 @torch.no_grad()
 def decode_pictures(vqvae, tokens):
     """The way back: tokens int64 (M,N) -> pictures uint8 (M,H,W,3), as they are shown and saved."""
-    out = []
-    for part in tokens.to(vqvae.codebook.weight.device).split(250):
-        x = (vqvae.decode_tokens(part).clamp(-1, 1) + 1) * 127.5  # (B,3,H,W) in 0..255
-        out.append(x.round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy())
-    return np.concatenate(out)
+    parts = tokens.to(vqvae.codebook.weight.device).split(250)
+    return np.concatenate([denormalize(vqvae.decode_tokens(part)) for part in parts])
 
 
 # --- Measures: how well is a token predicted, a picture reconstructed? ----------------------------
@@ -2275,21 +2277,18 @@ def try_compile(modules):
     except Exception as error:  # every backend fails in its own way
         log(f"--compile: not here ({type(error).__name__}); going on without")
 
-def draw_curves(rows, height=300, panel=360):
-    """Training (grey) and test loss (red), a panel a phase, each on its own scale -> uint8
-    (height,width,3)."""
-    phases = list(dict.fromkeys(row["phase"] for row in rows))
-    canvas = np.full((height, panel * len(phases), 3), 255, np.uint8)
-    for i, phase in enumerate(phases):
-        here = [row for row in rows if row["phase"] == phase]
-        steps = np.array([row["step"] for row in here])
-        losses = np.array([(row["train_loss"], row["test_loss"]) for row in here]).T  # (2,passes)
-        x = np.linspace(8, panel - 8, 4000)  # so close that the line has no gaps
-        for loss, color in zip(losses, ((140, 140, 140), (200, 40, 40))):
-            y = np.interp(x, steps * (panel - 16) / steps[-1] + 8, loss)
-            y = height - 12 - (y - losses.min()) / max(np.ptp(losses), 1e-9) * (height - 20)
-            for down in (0, 1):  # two pixels thick
-                canvas[y.astype(int) + down, i * panel + x.astype(int)] = color
+def draw_curves(rows, height=300, width=24):
+    """Training (grey) and test loss (red) of each pass, every phase on its own scale and parted
+    from the next by a line -> uint8 (height,passes*width,3)."""
+    canvas = np.full((height, width * len(rows), 3), 255, np.uint8)
+    for i, row in enumerate(rows):
+        left, phase = i * width, [r for r in rows if r["phase"] == row["phase"]]
+        losses = [r[name] for r in phase for name in ("train_loss", "test_loss")]
+        if row is phase[0]:
+            canvas[:, left] = 0
+        for name, color in ("train_loss", 140), ("test_loss", (200, 40, 40)):
+            y = (max(losses) - row[name]) / max(np.ptp(losses), 1e-9) * (height - 4)
+            canvas[int(y) : int(y) + 4, left + 1 : left + width] = color
     return canvas
 
 def report_codebook(vqvae, images, folder):
@@ -2558,7 +2557,7 @@ def command_score(options, _):
     print(f"{'log p in nats':>41}{'bits a token':>41}")
     print(f"{'picture|caption':>16}{'caption|picture':>16}{'pair':>9}" * 2 + "  caption")
     for *row, caption in zip(*nats, *bits, captions):
-        print("{:16.2f}{:16.3f}{:9.2f}{:16.3f}{:16.3f}{:9.3f}  ".format(*row) + caption)
+        print(("{:16.3f}{:16.3f}{:9.3f}" * 2).format(*row) + "  " + caption)
 
 def command_eval(options, flags):
     """Measure both models over the test split."""
