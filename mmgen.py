@@ -1016,6 +1016,7 @@ class Trainer:
         for step in track(steps, self.phase, self.step, lambda: f"loss {self.pass_losses[-1]:.4f}"):
             if batches is None or step % n == 0:
                 self.modules.train()
+                self.pass_losses = self.pass_losses[: step % n]
                 batches = iter(train_loader)
             if on_step:
                 on_step(self)
@@ -1063,7 +1064,6 @@ class Trainer:
         mean = torch.tensor(self.pass_losses, device=self.device).mean() / processes()[1]
         self.train_losses.append(summed(mean).item())
         self.test_losses.append(measured["loss"])
-        self.pass_losses = []
         return {"phase": self.phase, "epoch": len(self.test_losses), "step": self.step,
                 "lr": self.optimizer.param_groups[0]["lr"], "train_loss": self.train_losses[-1],
                 **{f"test_{name}": value for name, value in measured.items()}}

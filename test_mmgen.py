@@ -1788,6 +1788,16 @@ def test_without_a_command_the_help_is_printed():
     result = command()
     assert result.returncode == 0 and "train" in result.stdout and not result.stderr
 
+def test_progress_is_shown_at_every_step_of_a_slow_training(tmp_path, data_dir, monkeypatch, capsys):
+    clock = iter(range(0, 10**9, 10))  # ten seconds between any two looks
+    monkeypatch.setattr(mmgen.time, "monotonic", lambda: next(clock))
+    assert mmgen.main(["train", "--phase", "two-stage", "--preset", "tiny", "--vqvae-steps", "20",
+                       "--igpt-steps", "20", "--data", str(data_dir), "--run", str(tmp_path)]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    for phase in ("vqvae", "igpt"):
+        shown = [line for line in lines if re.match(rf"{phase} .* left  loss \d\.\d{{4}}$", line)]
+        assert len(shown) == 19  # all steps but the first
+
 def test_importing_does_nothing():
     program = f"import sys; sys.path.insert(0, {str(MMGEN.parent)!r}); import torch; " \
               "before = torch.get_rng_state(); import mmgen; " \
