@@ -57,7 +57,7 @@ Where this departs from the notes, and why:
     sequence showed. We train on the two orders that are prompted (`--orders plain` is theirs).
   * Their cache grows by concatenation at every token. Ours is allocated once, position explicit.
   * Their one-phase loss sends no gradient from the transformer to the encoder (an argmin has none).
-    Ours aims the cross-entropy at softmax(-|z_e - e_k|^2 / tau), which moves with both.
+    The targets of our cross-entropy have the gradient of softmax(-|z_e - e_k|^2 / tau).
   * Added because a laptop sees each picture only a few times, so that learning per step counts,
     each with its reason where it stands: a norm before the codebook, colours coded apart from
     shapes, normed queries and keys, places counted from the last mark, codes alike that share what
@@ -170,7 +170,7 @@ class Settings:
             if fits and dots:
                 whole = kind is float or value % 1 == 0
                 fits = whole and float(low) <= value <= float(high or "inf")
-            elif low != "any":
+            elif fits and low != "any":
                 fits = value in low.split("|")
             if not fits:
                 raise InputError(f"{name} is {value!r}, want {kind.__name__} {field.limits}")
@@ -235,6 +235,8 @@ class Config(Settings):
     def preset(cls, preset, **changes):
         """The Config of one of the PRESETS, but for some changes. A length that is given in epochs
         replaces the preset's in steps."""
+        if preset not in PRESETS:
+            raise InputError(f"preset is {preset!r}, not one of {', '.join(PRESETS)}")
         values = {}
         for name, field in cls.fields.items():
             values[name] = field.presets.get(preset, field.default)
@@ -395,7 +397,7 @@ class VectorQuantizer(nn.Module):
     ema 0: the codebook learns by gradient, through the codebook term of compute_loss. ema in (0,1):
     each code is a moving average, of this decay, of the features it was the nearest to, and gets no
     gradient. restart: a code unused for more than this many training batches is put onto a feature,
-    as all codes are after the first batch (0: never). In eval mode nothing moves.
+    as are all codes that the first batch does not use (0: never). In eval mode nothing moves.
     """
 
     def __init__(self, K, D, ema=0.0, restart=100):
@@ -425,8 +427,8 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def update(self, z, tokens):
-        """After a training batch of features (M,D), coded as (M,): move EMA codes (appendix A of
-        the paper), restart dead ones."""
+        """After a training batch of features (B*h*w,D), coded as (B*h*w,): move EMA codes (appendix
+        A of the paper), restart dead ones."""
         count = summed(torch.bincount(tokens, minlength=self.K).float())  # (K,)
         if self.ema:
             total = summed(torch.zeros_like(self.ema_sum).index_add_(0, tokens, z))  # (K,D)
@@ -800,10 +802,11 @@ def make_sequences(tokens, text_ids, tokenizer, order):
     return row.gather(1, (row == pad).byte().argsort(dim=1, stable=True))
 
 def mixed_sequences(tokens, text_ids, tokenizer, orders):
-    """A batch dealt out to several orders, in equal parts: (B,N), (B,L+1) -> (B,T)."""
-    first, parts = processes()[0] % len(orders), []  # processes may have a row each
+    """A batch dealt out to several orders, in about equal parts: (B,N), (B,L+1) -> (B,T)."""
+    n, parts = len(orders), []
+    first = processes()[0] % n  # processes may have a row each
     orders = [*orders[first:], *orders[:first]]
-    for order, some, ids in zip(orders, tokens.chunk(len(orders)), text_ids.chunk(len(orders))):
+    for order, some, ids in zip(orders, tokens.tensor_split(n), text_ids.tensor_split(n)):
         parts.append(make_sequences(some, ids, tokenizer, order))
     return torch.cat(parts)
 
@@ -861,13 +864,14 @@ def weighted_mean(nll, sequences, vocab_size, caption_weight=1.0):
 
 @torch.no_grad()
 def measure_prediction(igpt, batches):
-    """Over batches of sequences (B,T): mean nats a token, all tokens alike."""
+    """Over batches of sequences (B,T): mean nats a token, all tokens but PAD alike."""
     total = n = 0
     for rows in batches:
         rows = rows.to(igpt.head.weight.device)
         nll = next_token_nll(igpt(rows[:, :-1]), rows)  # (B,T-1)
-        total += weighted_mean(nll, rows, igpt.vocab_size).item() * len(rows)
-        n += len(rows)
+        real = rows[:, 1:] != specials(igpt.vocab_size)[3]  # no PAD
+        total += nll[real].sum().item()
+        n += real.sum().item()
     return total / n
 
 @torch.no_grad()
@@ -1006,7 +1010,8 @@ class Trainer:
         """Train until num_epochs passes of the loader are done, going on from self.step; then the
         modules are in eval mode.
 
-        Loaders are Batches, or any iterables of batches with a length. on_step(trainer) is called
+        Loaders are Batches, or any iterables of batches with a length; what the notes call an epoch
+        is a pass of the loader. The test loss is without caption weights and noise. on_step(trainer) is called
         before each step, on_pass(row) after each pass with a dict of its figures. Returns
         (train_losses, test_losses), a float a pass each. Raises InputError when a loss or a
         gradient is not finite.
@@ -1241,7 +1246,9 @@ class Data:
 
     def __post_init__(self):
         if self.vqvae_train is None:
-            self.vqvae_train, self.vqvae_test = self.train_images, self.test_images
+            self.vqvae_train = self.train_images
+        if self.vqvae_test is None:
+            self.vqvae_test = self.test_images
 
 def new_vqvae(cfg, images, ema):
     """The VQ-VAE of a Config for pictures uint8 (M,H,W,3)."""
@@ -1275,6 +1282,8 @@ def prepare_phase(phase, cfg, data, models, device):
     """Models that the phases before have left -> the Models of a phase, its Trainer, and what
     Trainer.train wants: training batches, test batches and number of passes."""
     vqvae, igpt, tokenizer = models.vqvae, models.igpt, models.tokenizer
+    if phase == "igpt" and not vqvae or phase == "finetune" and not igpt:
+        raise InputError(f"phase {phase} goes on from models, and there are none")
     if phase == "vqvae":
         vqvae = new_vqvae(cfg, data.vqvae_train, cfg.ema).to(device)
     elif phase == "single":  # its codes learn by gradient: the transformer has a say in them
@@ -1282,7 +1291,8 @@ def prepare_phase(phase, cfg, data, models, device):
     if phase in ("igpt", "single"):
         tokenizer = Tokenizer(data.train_captions + data.test_captions, vqvae.n_embeddings)
         igpt = new_igpt(cfg, vqvae, tokenizer).to(device)
-    vqvae.requires_grad_(phase != "igpt")  # phase 2 leaves encoder and codebook as they are
+    if phase in ("igpt", "finetune"):  # phase 2 leaves encoder and codebook as they are
+        vqvae.requires_grad_(phase == "finetune")
     models = Models(vqvae, igpt, tokenizer)
 
     # A length in steps is rounded up to about ten whole passes
@@ -1325,7 +1335,13 @@ def phase_trainer(phase, cfg, models, device, total):
 
 def train_regime(regime, cfg, data, models=None, device="cpu"):
     """Train one of REGIMES as a Config says, on Data -> Models. models: for a phase alone, what the
-    phases before it have left. Nothing is written to disk: Part II's train_run does that."""
+    phases before it have left. Nothing is written to disk: Part II's Run does that.
+
+        data = Data(images, test_images, captions, test_captions)
+        models = train_regime("multi", Config.preset("laptop"), data)
+        tokens = models.images(["red seven"], SamplingConfig())
+        pictures = decode_pictures(models.vqvae, tokens)  # uint8 (1,H,W,3)
+    """
     models = models or Models()
     for phase in REGIMES[regime]:
         models, trainer, loaders = prepare_phase(phase, cfg, data, models, torch.device(device))
@@ -1338,7 +1354,7 @@ def train_regime(regime, cfg, data, models=None, device="cpu"):
 # From the inside out: logits become probabilities, probabilities a token, tokens a span
 # (generate), and spans captions, pictures and pairs. Which span comes next is known at every
 # point, so no sample can hold a word in the middle of a picture. Chance is torch's own:
-# torch.manual_seed makes samples repeatable.
+# torch.manual_seed, after training (which seeds every step), makes samples repeatable.
 
 def logits_to_probs(logits, temperature=1.0, top_k=0, top_p=1.0):
     """logits (B,S) -> probabilities (B,S). top_k 0 and top_p 1 keep everything."""
@@ -1389,7 +1405,8 @@ class Decoder:
         self.logits = model(prompts, places, self.tables, self.caches)[:, -1]
 
     def step(self, tokens):
-        """The next token of each row, int64 (B,), no marks -> logits (B,high-low) after it."""
+        """The next token of each row, int64 (B,) -> logits (B,high-low) after it; of no meaning
+        after a mark, since places go on as of one span."""
         self.place = self.place + 1
         logits = self.model(tokens[:, None], self.place, self.tables, self.caches, self.position)
         self.position += 1
@@ -1444,6 +1461,11 @@ class Models:
         """Where the models are."""
         return self.vqvae.codebook.weight.device
 
+    def expect(self, order):
+        """Warn if the iGPT was not trained on an order of sequences that it is asked for."""
+        if order not in self.igpt.orders:
+            log(f"warning: the model was trained on {', '.join(self.igpt.orders)}, not {order}")
+
     def continue_images(self, prompts, n_new, how, unconditional=None):
         """Prompts (B,T) in a picture's span -> its next tokens int64 (B,n_new)."""
         return generate(self.igpt, prompts, n_new, self.tokenizer.image_span, how, unconditional)
@@ -1457,6 +1479,7 @@ class Models:
     @torch.no_grad()
     def images(self, captions, how):
         """B captions -> picture tokens int64 (B,N). Raises InputError as text_encode does."""
+        self.expect("text_image")
         t, N, by_length = self.tokenizer, self.vqvae.n_tokens, defaultdict(list)
         if not self.igpt.causal:  # a ParallelPredictor draws all tokens at once
             blanks = torch.zeros(len(captions), N, dtype=torch.int64)
@@ -1468,13 +1491,15 @@ class Models:
         out = torch.empty(len(captions), N, dtype=torch.int64, device=self.device)
         for rows in by_length.values():
             prompts = torch.stack([text_prompt(t, captions[row]) for row in rows]).to(self.device)
-            # BOS EOT: how a picture begins that no caption precedes; training covers it anyway
-            nothing = image_prompts(t, prompts[:, :0])[:, :2]
+            nothing = None
+            if "image_text" in self.igpt.orders:  # BOS EOT, a picture that no caption precedes
+                nothing = image_prompts(t, prompts[:, :0])[:, :2]
             out[rows] = self.continue_images(prompts, N, how, nothing)
         return out
 
     def captions(self, tokens, how):
         """Picture tokens (B,N) -> list of B captions."""
+        self.expect("image_text")
         prompts = image_prompts(self.tokenizer, tokens.to(self.device))
         return self.continue_captions(prompts, self.tokenizer.caption_length, how)
 
@@ -1500,13 +1525,14 @@ class Models:
 
 @torch.no_grad()
 def generate_from_text(model, tokenizer, vqvae, prompt, device, how=SamplingConfig()):
-    """A caption -> a picture (1,3,H,W) in [-1,1]. Raises InputError as text_encode does."""
+    """A caption -> a picture (1,3,H,W) in [-1,1] on the device. Raises InputError as text_encode
+    does."""
     tokens = Models(vqvae, model, tokenizer).images([prompt], how)
     return vqvae.decode_tokens(tokens).to(device)
 
 def generate_from_image(model, tokenizer, vqvae, image, device, how=SamplingConfig()):
     """A picture (3,H,W) in [-1,1] -> its caption."""
-    tokens = vqvae.get_tokens(image[None].to(device)).flatten(1)  # (1,N)
+    tokens = vqvae.get_tokens(image[None].to(device)).flatten(1)  # (1,N), on the models' device
     return Models(vqvae, model, tokenizer).captions(tokens, how)[0]
 
 @torch.no_grad()
@@ -1564,24 +1590,26 @@ def evaluate(models, images, captions, how=SamplingConfig(), seed=0):
         tokens = extract_tokens(vqvae, images[start : start + 250]).to(device)
         for order in igpt.orders:
             sums[order] += span_sums(models, tokens, wanted, order).double().sum(2)  # (2,3)
-        if igpt.causal:  # a parallel predictor does not read
-            texts["caption"] += models.captions(tokens, how.but(greedy=True))
-            for name, drawing in ("exact", how), ("unguided", how.but(guidance=0.0)):
-                # Through pixels: what we read is what a person would be shown
-                made = decode_pictures(vqvae, models.images(wanted, drawing))
-                read = extract_tokens(vqvae, made)
-                texts[name] += models.captions(read, how.but(greedy=True))
+        if "image_text" not in igpt.orders:
+            continue  # it does not read
+        texts["caption_exact"] += models.captions(tokens, how.but(greedy=True))
+        drawings = dict(round_trip_exact=how, round_trip_unguided=how.but(guidance=0.0))
+        for name, drawing in drawings.items() if "text_image" in igpt.orders else ():
+            # Through pixels: what we read is what a person would be shown
+            made = decode_pictures(vqvae, models.images(wanted, drawing))
+            texts[name] += models.captions(extract_tokens(vqvae, made), how.but(greedy=True))
     for order, image, text in (("text_image", "nll_text_to_image", "nll_text"),
                                ("image_text", "nll_image", "nll_image_to_text")):
         if order in sums:
             (out[image], hits, _), (out[text], _, _) = (sums[order] / sums[order][:, 2:]).tolist()
             if order == "text_image":
                 out["code_accuracy"] = hits
-    if texts:
-        out["caption_exact"], out["caption_slot_accuracy"] = compare_captions(
-            texts["caption"], captions)
-        out["round_trip_exact"], _ = compare_captions(texts["exact"], captions)
-        out["round_trip_unguided"], _ = compare_captions(texts["unguided"], captions)
+    if not igpt.causal:
+        out["nll_text"] = math.nan  # a ParallelPredictor is shown the words that it would predict
+    for name, found in texts.items():
+        out[name], slots = compare_captions(found, captions)
+        if name == "caption_exact":
+            out["caption_slot_accuracy"] = slots
     return out
 
 def likelihoods(models, tokens, captions, n_first=None):

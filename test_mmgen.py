@@ -670,6 +670,15 @@ def test_ema_codebook_moves_without_gradient_and_dead_codes_restart():
     assert torch.equal(before, quantizer.weight)
 
 
+def test_moving_averages_are_no_parameters_of_phase_1():
+    data = as_pairs(drawn(32, 8))
+    for ema in (0.0, 0.9):
+        models, trainer, _ = mmgen.prepare_phase("vqvae", tiny_config(ema=ema), data, Models(),
+                                                 torch.device("cpu"))
+        names = {group["name"] for group in trainer.optimizer.param_groups}
+        assert names == ({"vqvae"} if ema else {"vqvae", "codebook"})
+        assert models.vqvae.codebook.weight.requires_grad is not bool(ema)
+
 # --- iGPT -----------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("prompt", [1, 2, 9, 30])
@@ -1097,7 +1106,7 @@ def test_part_one_is_complete():
 def test_numbers_of_numpy_become_pythons():
     cfg = Config(vqvae_lr=np.float64(1e-3), vqvae_K=np.int64(64), dropout=0)
     assert [type(v) for v in (cfg.vqvae_lr, cfg.vqvae_K, cfg.dropout)] == [float, int, float]
-    for bad in (dict(vqvae_K=64.5), dict(vqvae_K=True), dict(vqvae_lr="1e-3")):
+    for bad in (dict(vqvae_K=64.5), dict(vqvae_K=True), dict(vqvae_lr="1e-3"), dict(d_model="4")):
         with pytest.raises(InputError):
             Config(**bad)
 
@@ -1120,6 +1129,21 @@ def test_fine_tuning_neither_restarts_codes_nor_averages_them():
     assert all(torch.equal(before[k], v) for k, v in vqvae.codebook.state_dict().items())
     assert vqvae.training and not vqvae.codebook.training
     assert joint_trainer(phase="single")[0].phase == "single"
+
+def test_what_a_model_was_not_trained_for_is_said(capsys):
+    data, cfg = as_pairs(drawn(32, 8)), tiny_config(vqvae_steps=2, igpt_steps=2, orders="image_text")
+    with pytest.raises(InputError, match="phase igpt goes on from models"):
+        mmgen.train_regime("igpt", cfg, data)
+    models = mmgen.train_regime("two-stage", cfg, data)
+    capsys.readouterr()
+    models.images(data.test_captions[:2], SamplingConfig())
+    assert "trained on image_text, not text_image" in capsys.readouterr().err
+    figures = mmgen.evaluate(models, data.test_images, data.test_captions)
+    assert {name for name, value in figures.items() if math.isnan(value)} == {
+        "nll_text_to_image", "nll_text", "code_accuracy", "round_trip_exact",
+        "round_trip_unguided"}
+    with pytest.raises(InputError, match="preset is 'tinny'"):
+        Config.preset("tinny")
 
 def test_temperature_zero_is_greedy():
     logits = torch.randn(5, 9)
