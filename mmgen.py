@@ -1004,7 +1004,8 @@ class Trainer:
         self.shared_loss = LossModule(self)
         if dist.is_initialized():
             self.shared_loss = DistributedDataParallel(
-                self.shared_loss, forward_sync_buffers=False, find_unused_parameters=True)
+                self.shared_loss, forward_sync_buffers=False,
+                find_unused_parameters=len(modules) > 1)  # `single` begins without the iGPT
 
     def train(self, train_loader, test_loader, num_epochs, on_step=None, on_pass=None):
         """Train until num_epochs passes of the loader are done, going on from self.step; then the
@@ -1069,7 +1070,7 @@ class Trainer:
         mean = torch.tensor(self.pass_losses, device=self.device).mean() / processes()[1]
         self.train_losses.append(summed(mean).item())
         self.test_losses.append(measured["loss"])
-        return {"phase": self.phase, "epoch": len(self.test_losses), "step": self.step,
+        return {"phase": self.phase, "pass": len(self.test_losses), "step": self.step,
                 "lr": self.optimizer.param_groups[0]["lr"], "train_loss": self.train_losses[-1],
                 **{f"test_{name}": value for name, value in measured.items()}}
 
@@ -1974,8 +1975,8 @@ def load_data(folder, value_range="auto"):
         with reading(drawn, ".npz"), np.load(drawn, allow_pickle=False) as arrays:
             data = check_pairs([arrays[key.replace("texts", "captions")] for key in PAIRS], "8bit")
     else:
-        raise InputError(f"no data in {folder}, which must be a directory: "
-                         f"`mmgen.py data --data {folder}` draws some")
+        raise InputError(f"no data in {folder}, which must be a directory that holds some: "
+                         f"`mmgen.py data --data {folder}` draws them")
     if own and own[0].shape[1:] != data[0].shape[1:]:
         raise InputError(f"{folder}: pictures of unlike sizes: {own[0].shape}, {data[0].shape}")
     return Data(*data, *own)
@@ -2083,7 +2084,7 @@ def load_igpt(path, vqvae, device="cpu", any_codes=False):
     content, codebook = load_checkpoint(path, "igpt"), vqvae.codebook.weight
     with reading(path, "checkpoint"):
         if not any_codes and content["codebook"] != fingerprint(vqvae):
-            raise InputError("was trained on the codes of another VQ-VAE than this one")
+            raise InputError("was trained on the codes of another VQ-VAE than this: train the iGPT anew")
         tokenizer = Tokenizer([" ".join(content["words"])], vqvae.n_embeddings,
                               content["caption_length"])
         linked = "code_in.weight" in content["model"]
@@ -2107,7 +2108,7 @@ def encode_picture(image, suffix=".ppm"):
 
 def read_pictures(path):
     """--image: .npy uint8 (H,W,3) or (N,H,W,3), or a binary PPM (P6, 8 bits) -> uint8 (N,H,W,3)."""
-    with reading(path, "picture, neither .npy nor a binary PPM (P6)"):
+    with reading(path, "picture"):
         raw = Path(path).read_bytes()
         # P6, width, height, largest value, a blank, pixels; in between blanks and comment lines
         gap = rb"(?:\s|#[^\n]*\n)+"
@@ -2115,8 +2116,10 @@ def read_pictures(path):
         if header:
             shape = int(header[2]), int(header[1]), 3
             images = np.frombuffer(raw, np.uint8, math.prod(shape), header.end()).reshape(shape)
-        else:
+        elif raw[:6] == b"\x93NUMPY":
             images = np.load(path, allow_pickle=False)
+        else:
+            raise InputError("neither .npy nor a binary PPM (P6)")
         images = images[None] if images.ndim == 3 else images
         if images.dtype != np.uint8 or images.shape[3:] != (3,) or not images.size:
             raise InputError(f"want uint8 (N,H,W,3), found {images.dtype} {images.shape}")
@@ -2344,10 +2347,14 @@ def load_models(folder, device, phase=None, any_codes=False):
     load_igpt."""
     if phase in ("vqvae", "single"):
         return Models()
-    vqvae = load_vqvae(Path(folder) / VQVAE_FILE, device)
+    for path in Path(folder, VQVAE_FILE), Path(folder, IGPT_FILE):
+        if not path.exists() and (phase != "igpt" or path.match(VQVAE_FILE)):
+            raise InputError(f"{path} does not exist: train it, --resume what was stopped, or name "
+                             "another --run")
+    vqvae = load_vqvae(Path(folder, VQVAE_FILE), device)
     if phase == "igpt":
         return Models(vqvae)
-    return Models(vqvae, *load_igpt(Path(folder) / IGPT_FILE, vqvae, device, any_codes))
+    return Models(vqvae, *load_igpt(Path(folder, IGPT_FILE), vqvae, device, any_codes))
 
 
 # --- Commands: flags become Settings, the work is done by the functions above ---------------------
@@ -2418,7 +2425,11 @@ def build_parser():
         fields = {name: Options.fields[name] for name in names.split()} | more.fields
         for name, field in fields.items():
             flag = "--" + name.replace("_", "-") if len(name) > 1 else "-" + name
-            default = ", ".join(f"{k} {v}" for k, v in field.presets.items())
+            default = f"default {field.default}"
+            if len(field.presets) > 1:
+                default = ", ".join(f"{k} {v}" for k, v in field.presets.items())
+            if ".." in field.limits:
+                default = f"{field.limits}; {default}"
             kind = dict(type=type(field.default))
             if "|" in field.limits:
                 kind = dict(choices=field.limits.split("|"))
@@ -2427,7 +2438,7 @@ def build_parser():
             elif kind["type"] is list:
                 kind = dict(action="append")
             p.add_argument(flag, default=argparse.SUPPRESS, **kind,
-                           help=f"{field.text} ({field.limits}; {default})".replace("%", "%%"))
+                           help=f"{field.text} ({default})".replace("%", "%%"))
     return parser
 
 def command_data(options, _):
@@ -2597,7 +2608,7 @@ def command_eval(options, flags):
     if options.json:
         return print(json.dumps(figures).replace("NaN", "null"))
     for name, value in figures.items():
-        print(f"{name:24}{value:10.4f}")
+        print(f"{name:24}{value:10.4f}".replace("nan", "  -"))
 
 PLACE = "data run device threads value_range"
 COMMANDS = {  # name: function, names of its Options, further flags
