@@ -1012,10 +1012,10 @@ class Trainer:
         modules are in eval mode.
 
         Loaders are Batches, or any iterables of batches with a length; what the notes call an epoch
-        is a pass of the loader. The test loss is without caption weights and noise. on_step(trainer) is called
-        before each step, on_pass(row) after each pass with a dict of its figures. Returns
-        (train_losses, test_losses), a float a pass each. Raises InputError when a loss or a
-        gradient is not finite.
+        is a pass of the loader. The test loss is without caption weights and noise.
+        on_step(trainer) is called before each step, on_pass(row) after each pass with a dict of its
+        figures. Returns (train_losses, test_losses), a float a pass each. Raises InputError when a
+        loss or a gradient is not finite.
         """
         n, batches = len(train_loader), None
         steps = range(self.step, n * num_epochs)
@@ -1613,25 +1613,6 @@ def evaluate(models, images, captions, how=SamplingConfig(), seed=0):
             out["caption_slot_accuracy"] = slots
     return out
 
-def likelihoods(models, tokens, captions, n_first=None):
-    """B pictures' tokens (B,N) and captions -> nats of log p(picture | caption), log p(caption |
-    picture) and log p(pair), each (B,), and numbers of picture and caption targets (B,). NaN where
-    the model was not trained on the order that could tell. n_first: see span_sums.
-
-    The pair's probability is the mean over the orders in which the model may make it, for it was
-    trained on each as often as on the others.
-    """
-    if not models.igpt.causal:
-        raise InputError("a parallel predictor cannot tell how likely a caption is")
-    known = {order: span_sums(models, tokens, captions, order, n_first)
-             for order in models.igpt.orders}
-    sums = known[models.igpt.orders[0]]
-    unknown = torch.full_like(sums, math.nan)
-    drawn = -known.get("text_image", unknown)[0, 0]
-    read = -known.get("image_text", unknown)[1, 0]
-    pairs = torch.stack([-both[:, 0].sum(0) for both in known.values()])  # (orders,B)
-    return drawn, read, pairs.logsumexp(0) - math.log(len(known)), sums[0, 2], sums[1, 2]
-
 
 # ==================================================================================================
 # Part II: everything else
@@ -2084,7 +2065,7 @@ def load_igpt(path, vqvae, device="cpu", any_codes=False):
     content, codebook = load_checkpoint(path, "igpt"), vqvae.codebook.weight
     with reading(path, "checkpoint"):
         if not any_codes and content["codebook"] != fingerprint(vqvae):
-            raise InputError("was trained on the codes of another VQ-VAE than this: train the iGPT anew")
+            raise InputError("was trained on the codes of another VQ-VAE: train the iGPT anew")
         tokenizer = Tokenizer([" ".join(content["words"])], vqvae.n_embeddings,
                               content["caption_length"])
         linked = "code_in.weight" in content["model"]
@@ -2523,6 +2504,25 @@ def make_samples(options, models, how, prompts):
     if options.mode == "image" and not kept:
         images = np.stack(prompts)[best]
     return images, [captions[i] for i in best]
+
+def likelihoods(models, tokens, captions, n_first=None):
+    """B pictures' tokens (B,N) and captions -> nats of log p(picture | caption), log p(caption |
+    picture) and log p(pair), each (B,), and numbers of picture and caption targets (B,). NaN where
+    the model was not trained on the order that could tell. n_first: see span_sums.
+
+    The pair's probability is the mean over the orders in which the model may make it, for it was
+    trained on each as often as on the others.
+    """
+    if not models.igpt.causal:
+        raise InputError("a parallel predictor cannot tell how likely a caption is")
+    known = {order: span_sums(models, tokens, captions, order, n_first)
+             for order in models.igpt.orders}
+    sums = known[models.igpt.orders[0]]
+    unknown = torch.full_like(sums, math.nan)
+    drawn = -known.get("text_image", unknown)[0, 0]
+    read = -known.get("image_text", unknown)[1, 0]
+    pairs = torch.stack([-both[:, 0].sum(0) for both in known.values()])  # (orders,B)
+    return drawn, read, pairs.logsumexp(0) - math.log(len(known)), sums[0, 2], sums[1, 2]
 
 def finish_caption(models, caption, how):
     """A caption -> itself, or, if it ends in "...", what the model makes of its beginning: at least
