@@ -452,7 +452,9 @@ class ResidualBlock(nn.Sequential):
     """x + conv1x1(relu(conv3x3(relu(x)))), the VQ-VAE paper's block. (B,C,h,w) -> (B,C,h,w)."""
 
     def __init__(self, dim):
-        super().__init__(nn.ReLU(), nn.Conv2d(dim, dim, 3, 1, 1), nn.ReLU(), nn.Conv2d(dim, dim, 1))
+        super().__init__(
+            nn.ReLU(), nn.Conv2d(dim, dim, 3, 1, 1),
+            nn.ReLU(), nn.Conv2d(dim, dim, 1))
 
     def forward(self, x):
         return x + super().forward(x)
@@ -481,9 +483,12 @@ class VQVAE(nn.Module):
         self.grid = size[0] // 4, size[1] // 4  # (h, w)
         self.n_tokens = math.prod(self.grid)  # N
         self.encoder = nn.Sequential(
-            nn.Conv2d(3, dim, 4, 2, 1), nn.ReLU(),  # (B,dim,H/2,W/2)
+            nn.Conv2d(3, dim, 4, 2, 1),  # (B,dim,H/2,W/2)
+            nn.ReLU(),
             nn.Conv2d(dim, dim, 4, 2, 1),  # (B,dim,h,w)
-            ResidualBlock(dim), ResidualBlock(dim), nn.ReLU(),
+            ResidualBlock(dim),
+            ResidualBlock(dim),
+            nn.ReLU(),
             nn.Conv2d(dim, D, 1),  # (B,D,h,w); the notes' pre_quantization_conv
             # Without a norm the scale of the features runs away from the codes, which lag and die
             ChannelNorm(D),
@@ -491,8 +496,11 @@ class VQVAE(nn.Module):
         self.codebook = VectorQuantizer(K, D, ema, restart)
         self.decoder = nn.Sequential(
             nn.Conv2d(D, dim, 1),  # (B,dim,h,w)
-            ResidualBlock(dim), ResidualBlock(dim), nn.ReLU(),
-            nn.ConvTranspose2d(dim, dim, 4, 2, 1), nn.ReLU(),  # (B,dim,H/2,W/2)
+            ResidualBlock(dim),
+            ResidualBlock(dim),
+            nn.ReLU(),
+            nn.ConvTranspose2d(dim, dim, 4, 2, 1),  # (B,dim,H/2,W/2)
+            nn.ReLU(),
             nn.ConvTranspose2d(dim, 3, 4, 2, 1),  # (B,3,H,W)
         )
         self.to(memory_format=torch.channels_last)  # less reordering in convolutions: 4 % of a step
@@ -1137,15 +1145,17 @@ class iGPTTrainer(Trainer):
         return {"loss": measure_prediction(self.model, batches)}
 
 def with_noise(igpt, inputs, most):
-    """Sequences (B,T) -> the same, but of each row's picture tokens a share, drawn from 0 to
-    `most`, are codes from elsewhere in the batch: a model that draws reads its own errors, and
-    should rather heed the caption. Codes are told from words by the codebook, if there is one."""
+    """Sequences (B,T) -> the same, but where a picture follows its caption, a share of its tokens,
+    drawn for each row from 0 to `most`, are codes from elsewhere in the batch: a model that draws
+    reads its own errors, and should rather heed the caption. (To caption a picture it reads tokens
+    that are true.) Codes are told from words by the codebook, if there is one."""
     codebook, = igpt._codebook
     if not most or codebook is None:
         return inputs
     is_code = inputs < len(codebook)  # (B,T)
+    drawing = inputs[:, 1:2] == specials(igpt.vocab_size)[1]  # BOS EOI begins text_image, (B,1)
     share = most * torch.rand(len(inputs), 1, device=inputs.device)
-    replace = is_code & (torch.rand(inputs.shape, device=inputs.device) < share)
+    replace = is_code & drawing & (torch.rand(inputs.shape, device=inputs.device) < share)
     codes = inputs[is_code]
     others = codes[torch.randint(len(codes), inputs.shape, device=inputs.device)]  # (B,T)
     return torch.where(replace, others, inputs)
@@ -1727,8 +1737,10 @@ def place(dots, length, pen, size, rng):
     In: dots (n,DOTS,2), length (n,DOTS), pen radius (n,1) in boxes; out: the same in pixels."""
     n = len(dots)
     d = dots - 0.5
-    d = d + 0.06 * np.sin(d @ rng.normal(0, 4, (n, 2, 2)) + rng.uniform(0, 6, (n, 1, 2)))  # waves
-    d = d @ (np.array([[0.95, 0], [-0.15, 1]]) + rng.normal(0, 0.18, (n, 2, 2)))  # hands lean
+    waves = d @ rng.normal(0, 4, (n, 2, 2)) + rng.uniform(0, 6, (n, 1, 2))
+    d = d + 0.06 * np.sin(waves)
+    lean = np.array([[0.95, 0], [-0.15, 1]])
+    d = d @ (lean + rng.normal(0, 0.18, (n, 2, 2)))
     # The longer side of the ink fills the room; pen and path shrink together, as on paper, so
     # that the loops of a sprawling figure do not clog
     room = size * 20 / 28 * rng.uniform(0.92, 1.02, (n, 1))
