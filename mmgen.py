@@ -45,7 +45,7 @@ Symbols of the shape comments:
     N  = h*w, tokens a picture    K  codes in the codebook        D  length of a code vector
     T  tokens in a sequence       L  words in the longest caption    d  width of the transformer
     V  vocabulary = K codes, then the sorted caption words, then the four specials
-    M  rows of a data set         S  tokens that a span may hold     C  channels
+    M  rows of a data set         S  tokens that a span may hold     C  channels, copies of a set
     z_e  encoder output           z_q  the nearest code vectors      sg  stop gradient: detach
 A mark is one of the specials EOT, EOI and BOS, which say what comes next in a sequence. A phase is
 one training of one or both models; a regime is a list of phases.
@@ -208,6 +208,7 @@ class Config(Settings):
         orders           image_text,text_image   any          of sequences, with commas; also plain
         caption_weight   1.0     20.0    1.0     0..          of words after a picture; 5 to 20
         noise            0.0     0.3     0.0     0..1         picture tokens falsified at the input
+        augment          0.0     0.07    0.0     0..1         warp of a second copy; 0: no such copy
         igpt_epochs      30      30      30      1..          length of phase 2
         igpt_steps       0       4000    60      0..          the same in steps
         igpt_lr          1e-3    8e-3    3e-3    0..          learning rate of the iGPT
@@ -307,6 +308,13 @@ def denormalize(x):
     """The way back: (B,3,H,W) in [-1,1] -> uint8 array (B,H,W,3)."""
     x = (x.clamp(-1, 1) + 1) * 127.5
     return x.round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+def random_affine(x, strength):
+    """Turn, slant, zoom and shift each picture (B,3,H,W) a bit, at random: each number of an affine
+    map is off by about `strength`. Nothing is mirrored, no colour changed, the border continued."""
+    theta = torch.eye(2, 3) + strength * torch.randn(len(x), 2, 3)  # (B,2,3)
+    grid = F.affine_grid(theta.to(x), x.shape, align_corners=False)  # (B,H,W,2)
+    return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
 
 def picture_batches(images, batch_size, text_ids=None, **options):
     """uint8 pictures (M,H,W,3) -> Batches of (B,3,H,W) in [-1,1]; with text ids (M,L+1) of pairs
@@ -819,11 +827,11 @@ def mixed_sequences(tokens, text_ids, tokenizer, orders):
     return torch.cat(parts)
 
 def sequence_batches(tokenizer, orders, tokens, batch_size, text_ids, **options):
-    """Picture tokens (M,N) and captions (M,L+1) -> Batches of sequences (B,T), each batch in equal
-    parts of the orders."""
+    """Picture tokens (C*M,N), C copies of M pictures one after the other, and captions (M,L+1) ->
+    Batches of sequences (B,T), each batch in equal parts of the orders."""
 
     def get(rows):
-        return mixed_sequences(tokens[rows], text_ids[rows], tokenizer, orders)
+        return mixed_sequences(tokens[rows], text_ids[rows % len(text_ids)], tokenizer, orders)
 
     return Batches(get, len(tokens), batch_size, **options)
 
@@ -837,11 +845,12 @@ def image_prompts(tokenizer, tokens):
     return make_sequences(tokens, tokens.new_empty(len(tokens), 0), tokenizer, "image_text")
 
 @torch.no_grad()
-def extract_tokens(vqvae, images):
+def extract_tokens(vqvae, images, augment=0.0):
     """Run pictures uint8 (M,H,W,3) through the encoder once, not in every epoch (notes B: offline)
-    -> tokens int64 (M,N) on the CPU."""
+    -> tokens int64 (M,N) on the CPU. augment: strength of a random_affine before."""
     device, out = vqvae.codebook.weight.device, []
     for x in track(picture_batches(images, 250), "extracting tokens"):
+        x = random_affine(x, augment) if augment else x
         out.append(vqvae.get_tokens(x.to(device)).flatten(1).cpu())
     return torch.cat(out)
 
@@ -1145,17 +1154,15 @@ class iGPTTrainer(Trainer):
         return {"loss": measure_prediction(self.model, batches)}
 
 def with_noise(igpt, inputs, most):
-    """Sequences (B,T) -> the same, but where a picture follows its caption, a share of its tokens,
-    drawn for each row from 0 to `most`, are codes from elsewhere in the batch: a model that draws
-    reads its own errors, and should rather heed the caption. (To caption a picture it reads tokens
-    that are true.) Codes are told from words by the codebook, if there is one."""
+    """Sequences (B,T) -> the same, but of each row's picture tokens a share, drawn from 0 to
+    `most`, are codes from elsewhere in the batch: a model that draws reads its own errors, and
+    should rather heed the caption. Codes are told from words by the codebook, if there is one."""
     codebook, = igpt._codebook
     if not most or codebook is None:
         return inputs
     is_code = inputs < len(codebook)  # (B,T)
-    drawing = inputs[:, 1:2] == specials(igpt.vocab_size)[1]  # BOS EOI begins text_image, (B,1)
     share = most * torch.rand(len(inputs), 1, device=inputs.device)
-    replace = is_code & drawing & (torch.rand(inputs.shape, device=inputs.device) < share)
+    replace = is_code & (torch.rand(inputs.shape, device=inputs.device) < share)
     codes = inputs[is_code]
     others = codes[torch.randint(len(codes), inputs.shape, device=inputs.device)]  # (B,T)
     return torch.where(replace, others, inputs)
@@ -1321,7 +1328,11 @@ def prepare_phase(phase, cfg, data, models, device):
         images, test_images = data.train_images, data.test_images[FEW]
         make, more = picture_batches, ()
         if phase == "igpt":
-            images, test_images = (extract_tokens(vqvae, x) for x in (images, test_images))
+            whole, test_images = extract_tokens(vqvae, images), extract_tokens(vqvae, test_images)
+            if cfg.augment:  # a second copy, against learning a few thousand shapes by heart
+                torch.manual_seed(cfg.seed)
+                whole = torch.cat([whole, extract_tokens(vqvae, images, cfg.augment)])
+            images = whole  # (M,N) or (2*M,N)
             make = functools.partial(sequence_batches, tokenizer, igpt.orders)
         loaders = make(images, size, ids, **order), make(test_images, 125, test_ids), passes
     trainer = phase_trainer(phase, cfg, models, device, len(loaders[0]) * passes)
