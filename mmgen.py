@@ -253,7 +253,7 @@ class SamplingConfig(Settings):
         top_k        0      0..      only the k most likely tokens; 0: all
         top_p        1.0    1e-6..1  only the most likely tokens, down to this share in sum
         greedy       false  any      always the most likely token
-        guidance     3.0    0..      of pictures by captions; 1: more varied; 0: none
+        guidance     1.0    0..      of pictures by captions; 3: truer, less varied; 0: none
         min_p        0.1    0..1     guided: only tokens this likely, relative to the likeliest
     """
 
