@@ -421,8 +421,10 @@ class VectorQuantizer(nn.Module):
         """Features (...,D) -> squared distances to all codes (...,K), as |z|^2 - 2 z.e + |e|^2: a
         matrix product, no (...,K,D) tensor."""
         with torch.autocast(z.device.type, enabled=False):  # bfloat16 would pick codes by luck
-            z, e = z.float(), self.weight
-            return z.square().sum(-1, keepdim=True) - 2 * (z @ e.t()) + e.square().sum(1)
+            flat, e = z.float().flatten(0, -2), self.weight
+            near = torch.addmm(e.square().sum(1), flat, e.t(), alpha=-2)
+            near = near + flat.square().sum(1, keepdim=True)
+            return near.view(*z.shape[:-1], self.K)
 
     def forward(self, z_e):
         """Features z_e (B,D,h,w) -> the nearest codes z_q (B,D,h,w), with gradient to them."""
@@ -866,7 +868,9 @@ def decode_pictures(vqvae, tokens):
 def next_token_nll(logits, sequences):
     """Logits (B,T-1,V) of a model that was fed sequences[:, :-1] -> nats that each of the targets
     sequences[:, 1:] costs, (B,T-1)."""
-    return F.cross_entropy(logits.float().mT, sequences[:, 1:], reduction="none")
+    targets = sequences[:, 1:]
+    nll = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
+    return nll.view_as(targets)
 
 def weighted_mean(nll, sequences, vocab_size, caption_weight=1.0):
     """Nats (B,T-1) of the targets sequences[:, 1:] -> the loss, a scalar. PAD counts nothing.
