@@ -426,12 +426,17 @@ class VectorQuantizer(nn.Module):
             near = near + flat.square().sum(1, keepdim=True)
             return near.view(*z.shape[:-1], self.K)
 
+    @torch.no_grad()
+    def nearest(self, z_e):
+        """Features z_e (B,D,h,w) -> tokens, the numbers of the nearest codes, int64 (B,h,w)."""
+        return self.distances(z_e.movedim(1, -1)).argmin(-1)
+
     def forward(self, z_e):
         """Features z_e (B,D,h,w) -> the nearest codes z_q (B,D,h,w), with gradient to them."""
-        z = z_e.detach().float().movedim(1, -1)  # (B,h,w,D)
-        tokens = self.distances(z).argmin(-1)  # (B,h,w)
+        tokens = self.nearest(z_e)  # (B,h,w)
         z_q = F.embedding(tokens, self.weight).movedim(-1, 1)  # (B,D,h,w)
         if self.training:
+            z = z_e.detach().float().movedim(1, -1)  # (B,h,w,D)
             self.update(z.flatten(0, 2), tokens.flatten())
         return z_q
 
@@ -533,7 +538,7 @@ class VQVAE(nn.Module):
     @torch.no_grad()
     def get_tokens(self, x):
         """Pictures (B,3,H,W) in [-1,1] -> tokens int64 (B,h,w). Moves no code, in training too."""
-        return self.codebook.distances(self.encode(x).movedim(1, -1)).argmin(-1)
+        return self.codebook.nearest(self.encode(x))
 
     def decode_tokens(self, tokens):
         """Tokens (B,h,w) of any grid, or flat (B,N) of the model's own -> pictures (B,3,4h,4w).
@@ -908,7 +913,8 @@ def measure_reconstruction(vqvae, batches, *weights):
         loss += compute_loss(x, recon_x, z_e, z_q, *weights).item() * len(x)
         mse += F.mse_loss(recon_x, x).item() * len(x)
         n += len(x)
-        counts += torch.bincount(vqvae.get_tokens(x).flatten(), minlength=vqvae.n_embeddings)
+        tokens = vqvae.codebook.nearest(z_e)  # (B,h,w)
+        counts += torch.bincount(tokens.flatten(), minlength=vqvae.n_embeddings)
     entropy = torch.special.entr(counts / counts.sum()).sum()
     return {"loss": loss / n, "recon_mse": mse / n,
             "recon_psnr": 10 * math.log10(4 / max(mse / n, 1e-12)),
@@ -1044,12 +1050,13 @@ class Trainer:
             if batches is None or step % n == 0:
                 self.modules.train()
                 self.pass_losses = self.pass_losses[: step % n]
-                batches = iter(train_loader)
+                if isinstance(train_loader, Batches):  # a resumed run may begin within a pass
+                    batches = map(train_loader.__getitem__, range(step, steps.stop))
+                else:
+                    batches = iter(train_loader)
             if on_step:
                 on_step(self)
-            # A resumed run may begin within a pass
-            own = isinstance(train_loader, Batches)
-            self.train_step(train_loader[step] if own else next(batches))
+            self.train_step(next(batches))
             if self.step % n == 0:
                 row = self.end_pass(test_loader)
                 figures = [f"{name} {value:.4f}" for name, value in row.items() if "_" in name]
@@ -1330,7 +1337,7 @@ def prepare_phase(phase, cfg, data, models, device):
         ids = tokenizer.encode_batch(data.train_captions)
         test_ids = tokenizer.encode_batch(data.test_captions[FEW])
         images, test_images = data.train_images, data.test_images[FEW]
-        make, more = picture_batches, ()
+        make = picture_batches
         if phase == "igpt":
             whole, test_images = extract_tokens(vqvae, images), extract_tokens(vqvae, test_images)
             if cfg.augment:  # a second copy, against learning a few thousand shapes by heart
@@ -1805,10 +1812,10 @@ def colorize(ink, labels, rng):
     names = list(itertools.product(SHADES, HUES))
     values = [colorsys.hsv_to_rgb(HUES[hue], *SHADES[shade]) for shade, hue in names]
     values = np.round(255 * np.array(values, np.float32))  # (24,3)
-    far = np.abs(values[:, None] - values).sum(-1) > 150  # (24,24): a legible pair?
+    legible = np.argwhere(np.abs(values[:, None] - values).sum(-1) > 150)  # (pairs,2)
     images, captions = np.empty((*ink.shape, 3), np.uint8), []
     for i, digit in enumerate(labels):
-        fore, back = rng.choice(np.argwhere(far))
+        fore, back = rng.choice(legible)
         alpha = ink[i, ..., None] / np.float32(255)  # (H,W,1)
         images[i] = np.round(values[back] + (values[fore] - values[back]) * alpha)
         captions.append(" ".join([*names[fore], DIGITS[digit], "on", *names[back]]))
@@ -1897,9 +1904,13 @@ def to_uint8(images, value_range="auto", name="images"):
         fits = fits and np.abs(images - images.round()).max() <= slack
     if not fits:
         raise InputError(f"{name}: {low} to {high} does not fit {value_range} (0 to {limit})")
+    factor = 255 // limit
     if floats:
-        return np.round(images.clip(0, limit) * (255 // limit)).astype(np.uint8), value_range
-    return np.ascontiguousarray(images.astype(np.uint8) * np.uint8(255 // limit)), value_range
+        images, factor = np.round(images.clip(0, limit) * factor), 1
+    images = np.ascontiguousarray(images, np.uint8)  # no copy of what is so already
+    if factor > 1:
+        images = images * np.uint8(factor)
+    return images, value_range
 
 def check_images(train, test, value_range="auto"):
     """Training and test pictures as to_uint8 has them, the latter in the range of the former."""
@@ -2047,6 +2058,9 @@ def save_checkpoint(path, kind, content):
 
 def load_checkpoint(path, kind):
     """What save_checkpoint wrote, read without running any code. Raises InputError."""
+    if not Path(path).exists():
+        raise InputError(f"{path} does not exist: train it, --resume what was stopped, or name "
+                         "another --run")
     with reading(path, "checkpoint"):
         content = torch.load(path, map_location="cpu", weights_only=True)
         if (content["kind"], content["format"]) != (kind, FORMAT):
@@ -2355,10 +2369,6 @@ def load_models(folder, device, phase=None, any_codes=False):
     load_igpt."""
     if phase in ("vqvae", "single"):
         return Models()
-    for path in Path(folder, VQVAE_FILE), Path(folder, IGPT_FILE):
-        if not path.exists() and (phase != "igpt" or path.match(VQVAE_FILE)):
-            raise InputError(f"{path} does not exist: train it, --resume what was stopped, or name "
-                             "another --run")
     vqvae = load_vqvae(Path(folder, VQVAE_FILE), device)
     if phase == "igpt":
         return Models(vqvae)
@@ -2514,7 +2524,8 @@ def make_samples(options, models, how, prompts):
         captions = [finish_caption(models, prompt, how) for prompt in prompts]
         tokens = models.images(captions, how)
     else:
-        whole = extract_tokens(vqvae, np.stack(prompts)).to(models.device)
+        pictures = np.stack(prompts)
+        whole = extract_tokens(vqvae, pictures).to(models.device)
         tokens = whole.clone()
         if kept:
             beginning = image_prompts(models.tokenizer, tokens[:, :kept])[:, :-1]  # no EOI
@@ -2527,10 +2538,10 @@ def make_samples(options, models, how, prompts):
         drawn, read, *_ = likelihoods(models, tokens, captions, kept)
         score = (read if options.mode == "text" else drawn).view(-1, best_of)
         best = (score.argmax(1).cpu() + torch.arange(0, len(captions), best_of)).tolist()
-    images = decode_pictures(vqvae, tokens[best])
+    captions = [captions[i] for i in best]
     if options.mode == "image" and not kept:
-        images = np.stack(prompts)[best]
-    return images, [captions[i] for i in best]
+        return pictures[best], captions
+    return decode_pictures(vqvae, tokens[best]), captions
 
 def likelihoods(models, tokens, captions, n_first=None):
     """B pictures' tokens (B,N) and captions -> nats of log p(picture | caption), log p(caption |

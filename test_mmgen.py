@@ -5,7 +5,6 @@ import colorsys
 import contextlib
 import copy
 import csv
-import dataclasses
 import errno
 import functools
 import gzip
@@ -58,7 +57,7 @@ def as_pairs(arrays):
     return mmgen.Data(**arrays)
 
 def write_pairs(folder, arrays):
-    """A drawn.npz as mmgen.write_drawn lays it out."""
+    """A drawn.npz as `mmgen.py data` lays it out."""
     folder.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(folder / "drawn.npz", **arrays)
 
