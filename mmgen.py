@@ -15,10 +15,9 @@ A VQ-VAE turns a picture into a grid of discrete tokens. An iGPT (a decoder-only
 picture tokens and caption words as ONE sequence. So one network draws a caption (the caption first,
 then the picture), captions a picture (the reverse), or makes up both.
 
-Part I is the complete algorithm, in the order in which the data flows; everything else is Part II.
-Part I uses nothing of Part II: to copy it, take all above that banner. In brackets: what of the two
-original notes a chapter implements. Notes A are the recipe of a VQ-VAE and an iGPT for coloured
-MNIST, notes B the plan for training them together.
+Part I is the complete algorithm, in the order in which the data flows; to copy it, take all above
+the banner of Part II. In brackets: what of the two original notes a chapter implements. Notes A are
+the recipe of a VQ-VAE and an iGPT for coloured MNIST, notes B the plan for training them together.
 
     Settings      Config, SamplingConfig: every number one may turn             [A, configuration]
     Batches       Batches: what is learned from, in an order that can be resumed
@@ -53,16 +52,14 @@ models; a regime is a list of phases.
 
 Where this departs from the notes, and why:
   * Their codebook never learns: both VQ terms detach z_q. Ours is mean((z_q - sg[z_e])^2).
-  * Their distances build an (N, K, D) tensor. |z-e|^2 = |z|^2 - 2 z.e + |e|^2 is a matrix product.
   * They train on BOS IMAGE ... but prompt with BOS EOI TEXT and BOS EOT IMAGE, which no training
     sequence showed. We train on the two orders that are prompted (`--orders plain` is theirs).
-  * Their cache grows by concatenation at every token. Ours is allocated once, position explicit.
   * Their one-phase loss sends no gradient from the transformer to the encoder (an argmin has none).
     The targets of our cross-entropy have the gradient of softmax(-|z_e - e_k|^2 / tau).
-  * Added because a laptop sees each picture only a few times, so that learning per step counts,
-    each with its reason where it stands: a norm before the codebook, colours coded apart from
-    shapes, normed queries and keys, places counted from the last mark, codes alike that share what
-    is learned, noise, Muon, guidance. All phases warm up and decay, not the iGPT's alone.
+  * No (N, K, D) tensor of distances; a cache that is allocated once; all phases warm up and decay.
+  * A laptop sees each picture a few times only, so learning per step counts. Hence, with reasons
+    where they stand: a norm before the codebook, colours coded apart, normed queries and keys,
+    places counted from the last mark, links of codes to the codebook, noise, Muon, guidance.
 """
 
 import difflib
@@ -110,11 +107,9 @@ def log(text, end="\n"):
         print(clear + text, file=sys.stderr, end=end, flush=True)
 
 def track(items, what, done=0, news=str):
-    """The items one by one. On a terminal one line that changes says how far it is, how fast, how
-    much longer and what news() returns; elsewhere a line every five seconds does.
-
-    items: an iterable with a length. done: how many of the kind were done before.
-    """
+    """The items (an iterable with a length, after `done` others) one by one. On a terminal a line
+    that changes says how far it is, how fast, how much longer and what news() returns; elsewhere a
+    line every five seconds does."""
     live, started, shown = sys.stderr.isatty(), time.monotonic(), 0
     for i, item in enumerate(items):
         seconds = time.monotonic() - started
@@ -124,11 +119,7 @@ def track(items, what, done=0, news=str):
                 f"{left // 60}:{left % 60:02} left  {news()}", end="" if live else "\n")
         yield item
 
-
-# ==================================================================================================
-# Part I: the model
-# ==================================================================================================
-
+# ===== Part I: the model ==========================================================================
 
 # --- Settings: every number one may turn, with its default, its range and its reason --------------
 
@@ -146,14 +137,10 @@ def parse(cell):
 class Settings:
     """Base of the classes below. Each line of a class's `table` makes a field, and a flag of the
     command line (vqvae_dim is --vqvae-dim): name, default (or the values in all PRESETS, of which
-    the first is the default), range, choices or a word, and what to know before turning it.
-
-    A class's attributes hold the defaults; the constructor takes others by name. Raises InputError
-    for a value of another type or out of its range, TypeError for a name that is not in the table.
-    """
-
+    the first is the default), range, choices or a word, and what to know before turning it. A class
+    holds the defaults, an object its own values, given by name. Raises InputError for a value of
+    another type or out of its range, TypeError for a name that is not in the table."""
     table, fields = "", {}
-
     def __init_subclass__(cls):
         cls.fields = {}
         for line in cls.table.strip().splitlines():
@@ -184,11 +171,9 @@ class Settings:
         return type(self)(**vars(self) | changes)
 
 class Config(Settings):
-    """How to train. `full` is the configuration of notes A. `laptop`: a CPU sees each picture a few
-    times only, so batches are small, dropout is 0 and lengths are in steps (the time then does not
-    depend on the data). `tiny`: seconds, for tests. A length in steps, if not 0, goes before that
-    in epochs."""
-
+    """How to train. `full` is the configuration of notes A. `laptop`: small batches, no dropout and
+    lengths in steps (the time then does not depend on the data), for a CPU. `tiny`: seconds, for
+    tests. A length in steps, if not 0, goes before that in epochs."""
     table = """
         vqvae_dim        256     64      16      4..          channels; 64 is 12 times as fast
         vqvae_K          128     1024    32      2..          codes; more: sharper, slower iGPT
@@ -225,7 +210,6 @@ class Config(Settings):
         precision        auto    auto    fp32    auto|fp32|bf16  of products; auto: bf16 if fast
         seed             0       0       0       0..2147483648   of weights, batches and noise
     """
-
     def __init__(self, **values):
         super().__init__(**values)
         if not set(self.orders.split(",")) <= set(ORDERS):
@@ -247,7 +231,6 @@ class Config(Settings):
 
 class SamplingConfig(Settings):
     """How a token is chosen; the library and the command line share these defaults."""
-
     table = """
         temperature  1.0    0..      below 1: safer, above: wilder; 0: greedy
         top_k        0      0..      only the k most likely tokens; 0: all
@@ -257,11 +240,9 @@ class SamplingConfig(Settings):
         min_p        0.1    0..1     guided: only tokens this likely, relative to the likeliest
     """
 
-
 # --- Batches: what is learned from, in an order that can be resumed -------------------------------
 #
-# Pictures are uint8 (M,H,W,3) in memory, and floats (B,3,H,W) in [-1,1], four times as large, only
-# in a batch.
+# Pictures are uint8 (M,H,W,3) in memory; floats (B,3,H,W) in [-1,1], 4 times as large, in a batch.
 
 @functools.lru_cache(1)
 def shuffled(n_rows, seed):
@@ -271,13 +252,10 @@ def shuffled(n_rows, seed):
 class Batches:
     """Batch number `step` as a function of (seed, step) alone, so that training can go on from any
     step. (A shuffled DataLoader hides its place in a generator's state.) Rows are shuffled anew in
-    every epoch; a PASS, what one iteration yields and len() counts, need not be an epoch.
-
-    get: row numbers int64 (B,) -> a batch. n_rows: how many rows there are. seed None: in order,
-    and not shared out between processes. per_pass: batches a pass (default: an epoch).
-    """
-
-    def __init__(self, get, n_rows, batch_size, seed=None, per_pass=None):
+    every epoch; a PASS, what one iteration yields and len() counts, need not be an epoch. get: row
+    numbers int64 (B,) -> a batch. n_rows: how many rows there are. seed None: in order, and not
+    shared out between processes. per_pass: batches a pass (0: an epoch)."""
+    def __init__(self, get, n_rows, batch_size, seed=None, per_pass=0):
         self.get, self.n_rows, self.batch_size, self.seed = get, n_rows, batch_size, seed
         self.per_epoch = math.ceil(n_rows / batch_size)
         self.per_pass, self.next_step = per_pass or self.per_epoch, 0
@@ -295,8 +273,7 @@ class Batches:
         if self.seed is None:
             return self.get(torch.arange(self.n_rows)[part])
         rows = shuffled(self.n_rows, self.seed * 1_000_003 + epoch)[part]
-        # Several processes share a batch in equal parts; what is lacking is taken twice
-        rank, world = processes()
+        rank, world = processes()  # share a batch in equal parts; what is lacking is taken twice
         size = math.ceil(len(rows) / world)
         return self.get(rows.repeat(world)[rank * size : (rank + 1) * size])
 
@@ -322,13 +299,10 @@ def picture_batches(images, batch_size, text_ids=None, **options):
     """uint8 pictures (M,H,W,3) -> Batches of (B,3,H,W) in [-1,1]; with text ids (M,L+1) of pairs
     (pictures, text ids (B,L+1))."""
     pixels = torch.from_numpy(images)
-
     def get(rows):
         x = to_float(pixels[rows])
         return x if text_ids is None else (x, text_ids[rows])
-
     return Batches(get, len(images), batch_size, **options)
-
 
 # --- Tokenizer: one vocabulary for codes, words and marks -----------------------------------------
 #
@@ -342,12 +316,9 @@ def specials(vocab_size):
     return range(vocab_size - 3, vocab_size)
 
 class Tokenizer:
-    """Words to token ids and back (notes A, "multimodal token processing").
-
-    texts: the captions whose words make the vocabulary. n_embeddings: K. caption_length: L, by
-    default that of the longest caption. Raises InputError if there is no word.
-    """
-
+    """Words to token ids and back (notes A, "multimodal token processing"). texts: the captions
+    whose words make the vocabulary. n_embeddings: K. caption_length: L, by default that of the
+    longest caption. Raises InputError if there is no word."""
     def __init__(self, texts, n_embeddings, caption_length=None):
         captions = [text.split() for text in texts]
         self.words = sorted(set().union(*captions))  # sorted: the same ids in every process
@@ -389,7 +360,6 @@ class Tokenizer:
             row[: len(words)] = words
         return ids
 
-
 # --- VQ-VAE: picture -> features z_e (B,D,h,w) -> nearest codes z_q (B,D,h,w) -> picture ----------
 #
 # An encoder shrinks the picture to a grid of features, a codebook replaces each feature by the
@@ -401,14 +371,11 @@ class Tokenizer:
 
 class VectorQuantizer(nn.Embedding):
     """The codebook, K vectors of length D, and the search for the nearest (van den Oord 2017).
-
     ema 0: the codebook learns by gradient, through the codebook term of compute_loss. ema in (0,1):
     each code is a moving average, of this decay, of the features it was the nearest to (appendix A
     of the paper), without gradient. restart: a code unused for more than this many training batches
     is put onto a feature, as are all that the first batch does not use (0: never). In eval mode
-    nothing moves.
-    """
-
+    nothing moves."""
     def __init__(self, K, D, ema=0.0, restart=100):
         super().__init__(K, D)  # self.weight (K,D), normal numbers, like the normed features
         self.weight.requires_grad_(not ema)
@@ -452,27 +419,22 @@ class VectorQuantizer(nn.Embedding):
 
 class ResidualBlock(nn.Sequential):
     """x + conv1x1(relu(conv3x3(relu(x)))), the VQ-VAE paper's block. (B,C,h,w) -> (B,C,h,w)."""
-
     def __init__(self, dim):
-        super().__init__(
-            nn.ReLU(), nn.Conv2d(dim, dim, 3, 1, 1), nn.ReLU(), nn.Conv2d(dim, dim, 1))
+        super().__init__(nn.ReLU(), nn.Conv2d(dim, dim, 3, 1, 1), nn.ReLU(), nn.Conv2d(dim, dim, 1))
 
     def forward(self, x):
         return x + super().forward(x)
 
 class ChannelNorm(nn.LayerNorm):
     """LayerNorm over the channels of each cell. (B,C,h,w) -> (B,C,h,w)."""
-
     def forward(self, x):
         return super().forward(x.movedim(1, -1).float()).movedim(-1, 1)
 
 class VQVAE(nn.Module):
     """Pictures to tokens and back. VQVAE(dim=256, K=128, D=256) is the configuration of notes A.
-
     dim: channels. K: codes. D: length of a code. size: (H, W) of the pictures, divisible by 4, for
     which flat rows of tokens are folded; other sizes pass, too. codes: VectorQuantizer's options.
     """
-
     def __init__(self, dim=256, K=128, D=256, size=(28, 28), **codes):
         super().__init__()
         # What builds this model again, for checkpoints
@@ -489,8 +451,7 @@ class VQVAE(nn.Module):
             ChannelNorm(D))
         self.codebook = VectorQuantizer(K, D, **codes)
         self.decoder = nn.Sequential(
-            nn.Conv2d(D, dim, 1),  # (B,dim,h,w)
-            ResidualBlock(dim), ResidualBlock(dim), nn.ReLU(),
+            nn.Conv2d(D, dim, 1), ResidualBlock(dim), ResidualBlock(dim), nn.ReLU(),  # (B,dim,h,w)
             nn.ConvTranspose2d(dim, dim, 4, 2, 1), nn.ReLU(),  # (B,dim,H/2,W/2)
             nn.ConvTranspose2d(dim, 3, 4, 2, 1))  # (B,3,H,W)
         self.to(memory_format=torch.channels_last)  # less reordering in convolutions: 4 % of a step
@@ -526,11 +487,9 @@ def split_colors(x):
     and 1 where the ink is, and colors (B,2,3), ground and ink. So a red seven on blue and a white
     one on black have the same mask."""
     pixels = x.float().flatten(2)  # (B,3,H*W)
-
     def farthest(point):  # (B,3,1) -> distances of the pixels (B,1,H*W), the farthest one (B,3,1)
         far = (pixels - point).square().sum(1, keepdim=True).sqrt()
         return far, pixels.take_along_dim(far.argmax(2, keepdim=True), 2)
-
     # The ground, the larger part, draws the mean to itself. Blends lie on the line to the ink
     _, ink = farthest(pixels.mean(2, keepdim=True))
     far, ground = farthest(ink)
@@ -552,14 +511,10 @@ CORNERS = ..., [0, 0, -1, -1], [0, -1, 0, -1]  # the corner cells of grids (...,
 
 class FactoredVQVAE(VQVAE):
     """A VQVAE that codes shapes apart from colours, for pictures that are two_colored and of 8 x 8
-    pixels at least. Its arguments are VQVAE's.
-
-    A plain one learns combinations: every token tells the colours of ground and ink again, and
-    few bits are left for the stroke. Here encoder and decoder work on masks, and the two colours
-    travel in the four corner tokens, added to what these say of their corner. On handwriting in 29
-    colours the same training leads to a fifth of the error.
-    """
-
+    pixels at least. In a plain one every token tells the colours of ground and ink again, and few
+    bits are left for the stroke. Here encoder and decoder work on masks, and the two colours travel
+    in the four corner tokens, added to what these say of their corner. On handwriting in 29 colours
+    the same training leads to a fifth of the error. Its arguments are VQVAE's."""
     def __init__(self, *sizes, **codes):
         super().__init__(*sizes, **codes)
         dim, D = self.options["dim"], self.options["D"]
@@ -580,12 +535,10 @@ class FactoredVQVAE(VQVAE):
 
 def compute_loss(x, recon_x, z_e, z_q, beta=Config.beta, extremes=0.0):
     """The VQ-VAE's loss: reconstruction + codebook + beta * commitment, each a mean over elements.
-
     x, recon_x (B,3,H,W); z_e, z_q (B,D,h,w) as VQVAE.forward returns them -> scalar. The codebook
     term pulls codes to features, the commitment term features to codes: so each detaches the OTHER
     side (equation 3 of van den Oord et al. 2017; the notes detach z_q in both). extremes: weight of
-    the colours' extremes, see below.
-    """
+    the colours' extremes, see below."""
     loss = F.mse_loss(recon_x, x) + F.mse_loss(z_q, z_e.detach())
     loss = loss + beta * F.mse_loss(z_e, z_q.detach())
     if extremes:
@@ -596,17 +549,14 @@ def compute_loss(x, recon_x, z_e, z_q, beta=Config.beta, extremes=0.0):
             loss = loss + extremes * F.mse_loss(a, b)
     return loss
 
-
 # --- Attention: queries, keys, values, and a cache of the latter two ------------------------------
 #
 # When tokens are generated one by one, keys and values of those before are the same at every step.
-# They are kept in a tensor that is allocated once, and whoever writes says at which position. (The
-# notes' cache grew by concatenation, which copies all of it at every token.)
+# They are kept in a tensor that is allocated once, and whoever writes says at which position.
 
 class SelfAttention(nn.Module):
     """Multi-head self-attention (Vaswani et al. 2017): (B,T,d) -> (B,T,d). Queries and keys are
     normalized (Henry et al. 2020), so that large learning rates cannot blow the scores up."""
-
     def __init__(self, d_model, n_heads):
         super().__init__()
         assert d_model % n_heads == 0, f"width {d_model} is not divisible by {n_heads} heads"
@@ -636,7 +586,6 @@ class SelfAttention(nn.Module):
         y = scores.softmax(-1) @ v  # (B,heads,T,head_dim)
         return self.out(y.transpose(1, 2).reshape(B, T, d))
 
-
 # --- iGPT: a causal transformer over picture tokens and words -------------------------------------
 #
 # The usual decoder-only transformer (GPT-2's pre-norm block), with two things of its own: places
@@ -644,7 +593,6 @@ class SelfAttention(nn.Module):
 
 class Block(nn.Module):
     """Pre-norm: x + attention(norm(x)), then x + mlp(norm(x)). (B,T,d) -> (B,T,d)."""
-
     def __init__(self, d_model, n_heads, dropout):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(d_model), nn.LayerNorm(d_model)
@@ -659,17 +607,13 @@ class Block(nn.Module):
 
 class iGPT(nn.Module):
     """Next-token logits over the joint vocabulary: tokens int64 (B,T) -> (B,T,V).
-
     vocab_size: V = K codes + len(Tokenizer.all_words). context_length: the longest sequence.
     codebook (K,D), optional: the VQ-VAE's codebook.weight. With it a code's embedding and output
     row are its own vector plus a learned linear map of its standardized code vector: codes that
     look alike share what is learned about one of them, and gradient can reach the codebook. It is
     referred to, not owned: neither among parameters() nor in state_dict(). orders: of the sequences
-    it is to be trained on, so what it can be asked.
-    """
-
+    it is to be trained on, so what it can be asked."""
     causal = True  # a position sees itself and what came before
-
     def __init__(self, vocab_size, context_length, d_model=128, n_heads=4, n_layers=4, dropout=0.1,
                  codebook=None, orders=ORDERS[:2]):
         super().__init__()
@@ -715,12 +659,9 @@ class iGPT(nn.Module):
         return index - last + self.context_length * (tokens.gather(1, last) == eoi)
 
     def forward(self, tokens, places=None, tables=None, caches=None, position=0):
-        """tokens int64 (B,T) -> logits (B,T,V). The rest is for generation, see decode:
-
-        places (B,T): if the last mark stands before these tokens. tables: what tables() returned,
-        computed once; of the output matrix some rows will do. caches: one for each layer, which
-        hold the `position` tokens before these. Raises InputError beyond the context.
-        """
+        """tokens int64 (B,T) -> logits (B,T,V). Raises InputError beyond the context. The rest is
+        for `decode`: places (B,T), if the last mark stands before these tokens; what tables() said
+        before, of the output perhaps some rows; a cache a layer, of `position` earlier tokens."""
         length = position + tokens.shape[1]
         if length > self.context_length:
             raise InputError(f"{length} tokens, the context holds {self.context_length}")
@@ -734,15 +675,10 @@ class iGPT(nn.Module):
 
 class ParallelPredictor(iGPT):
     """The transformer of notes B taken literally: a caption in, logits of all picture tokens out,
-    in one pass. An iGPT whose positions all see each other and whose picture tokens are blank.
-
-    It trains on sequences in the order text_image like any iGPT. No token knows what its neighbours
-    have chosen, which is fast, and tells what an autoregressive model is good for.
-    n_embeddings: K; the rest as for iGPT.
-    """
-
+    in one pass. An iGPT whose positions all see each other and whose picture tokens are blank, that
+    trains on text_image sequences. No token knows what its neighbours have chosen, which is fast,
+    and tells what an autoregressive model is good for. n_embeddings: K; the rest as for iGPT."""
     causal = False
-
     def __init__(self, n_embeddings, *options, **more):
         super().__init__(*options, **more)
         self.options["n_embeddings"] = self.n_embeddings = n_embeddings
@@ -751,7 +687,6 @@ class ParallelPredictor(iGPT):
         """text_image sequences (B,T) -> logits (B,T,V), of use where the next token is a code."""
         blank = tokens.masked_fill(tokens < self.n_embeddings, 0)  # one code stands for all
         return super().forward(blank)
-
 
 # --- Sequences: pairs to rows of tokens. Every prompt for sampling is the start of such a row -----
 #
@@ -785,10 +720,8 @@ def mixed_sequences(tokens, text_ids, tokenizer, orders):
 def sequence_batches(tokenizer, orders, tokens, batch_size, text_ids, **options):
     """Picture tokens (C*M,N), C copies of M pictures one after the other, and captions (M,L+1) ->
     Batches of sequences (B,T), each batch in equal parts of the orders."""
-
     def get(rows):
         return mixed_sequences(tokens[rows], text_ids[rows % len(text_ids)], tokenizer, orders)
-
     return Batches(get, len(tokens), batch_size, **options)
 
 def text_prompts(tokenizer, captions):
@@ -817,7 +750,6 @@ def decode_pictures(vqvae, tokens):
     parts = tokens.to(vqvae.codebook.weight.device).split(CHUNK)
     return np.concatenate([denormalize(vqvae.decode_tokens(part)) for part in parts])
 
-
 # --- Losses and measures: how well is a picture reconstructed, a token predicted? -----------------
 
 def vqvae_loss(vqvae, x, cfg):
@@ -837,11 +769,9 @@ def next_token_nll(logits, sequences):
 
 def igpt_loss(igpt, rows, cfg):
     """Sequences (B,T) -> mean nats a target, a scalar, and the logits (B,T-1,V).
-
     The EOTs that fill up a short caption count nothing. The words of a caption that FOLLOWS a
     picture count caption_weight: they are 6 targets of 57, in half of the rows, but all there is to
-    captioning.
-    """
+    captioning."""
     inputs, targets = rows[:, :-1], rows[:, 1:]
     eot, eoi, _ = specials(igpt.vocab_size)
     after_eoi = (inputs == eoi).cumsum(1) > 0  # (B,T-1)
@@ -873,27 +803,20 @@ def measure_reconstruction(vqvae, images):
     mse = np.square(errors / 127.5).mean().item()
     counts = tokens.flatten().bincount()  # (K,), or less if the last codes are not used
     return {
-        "recon_mse": mse,
-        "recon_psnr": 10 * math.log10(4 / max(mse, 1e-12)),
+        "recon_mse": mse, "recon_psnr": 10 * math.log10(4 / max(mse, 1e-12)),
         "codebook_used": counts.count_nonzero().item() / vqvae.n_embeddings,
         "codebook_perplexity": torch.distributions.Categorical(counts).perplexity().item()}
-
 
 # --- Optimizers: Adam or Muon, learning rates by group, warm-up and decay -------------------------
 
 class Muon(torch.optim.Adam):
     """Adam, but in groups that say orthogonal=True the update is the momentum's nearest orthogonal
     matrix (Jordan et al. 2024), so that all directions of a matrix learn alike. Such a group holds
-    weights of one shape, of two or more axes, that get gradients together; its momentum is 0.95
-    (betas are Adam's).
-
+    weights of one shape, of two or more axes, that get gradients together; betas are Adam's.
     torch.optim.Muon computes in bfloat16 one matrix at a time, which takes seconds on a CPU without
     bfloat16 units. Here autocast decides, and products are batched over a group: a fifth of a step,
-    for twice the learning.
-    """
-
+    for twice the learning."""
     LR = 0.02  # such an update has all singular values near 1, whatever the width
-
     @torch.no_grad()
     def step(self, closure=None):
         """One update of all groups; sets the gradients of the orthogonal groups to None."""
@@ -929,10 +852,8 @@ class Muon(torch.optim.Adam):
 def make_optimizer(cfg, modules, factors):
     """A Config's optimizer, Adam or Muon, of the parameters of modules, a dict of 'vqvae', 'igpt'
     or both, but for frozen ones. (Muon without orthogonal groups is Adam.)
-
     One group each for VQ-VAE, codebook and transformer, under muon also for their matrices, by
-    shape. factors: dict of what multiplies the learning rates of 'vqvae', 'codebook' and 'igpt'.
-    """
+    shape. factors: dict of what multiplies the learning rates of 'vqvae', 'codebook' and 'igpt'."""
     groups = {}
     for kind, module in modules.items():
         for name, p in module.named_parameters():
@@ -952,15 +873,12 @@ def create_cosine_scheduler(optimizer, warmup_steps=1000, total_steps=14_070):
     """A torch scheduler, to be stepped once a training step: all learning rates rise linearly for
     warmup_steps, then fall as half a cosine to 0 at total_steps (default: 30 epochs of 60,000 rows
     in batches of 128, as in the notes)."""
-
     def factor(step):
         if step < warmup_steps:
             return (step + 1) / warmup_steps
         done = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
         return 0.5 * (1 + math.cos(math.pi * done))
-
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-
 
 # --- Training: one loop. The regimes differ in the loss, the parameters and the batches -----------
 #
@@ -969,7 +887,6 @@ def create_cosine_scheduler(optimizer, warmup_steps=1000, total_steps=14_070):
 
 class LossModule(nn.ModuleDict):
     """Modules whose forward pass is the loss: what DistributedDataParallel wants to wrap."""
-
     def __init__(self, modules, loss):
         super().__init__(modules)
         self.forward = loss
@@ -977,13 +894,10 @@ class LossModule(nn.ModuleDict):
 class Trainer:
     """The training loop that the library and the command line share. A subclass has `phase`, a
     name, and loss(batch) -> dict of scalars to report, of which 'loss' has the gradient.
-
     model: an nn.Module, or a dict of several. optimizer: any torch optimizer over their parameters.
     cfg: a Config with the loss' weights and the seed. scheduler: stepped once a step (default: the
     learning rates stay). bf16: matrix products in bfloat16. Under torchrun the processes share each
-    batch, and DistributedDataParallel averages the gradients.
-    """
-
+    batch, and DistributedDataParallel averages the gradients."""
     def __init__(self, model, optimizer, device, cfg=Config(), scheduler=None, bf16=False):
         modules = model if isinstance(model, dict) else {self.phase: model}
         self.modules = self.shared = LossModule(modules, self.loss)
@@ -992,19 +906,15 @@ class Trainer:
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
         self.step, self.losses = 0, dict(step=[], train=[], test=[])  # the latter two of each pass
         if dist.is_initialized():
-            self.shared = DistributedDataParallel(
-                self.modules, forward_sync_buffers=False,
-                find_unused_parameters=len(modules) > 1)  # `single` begins without the iGPT
+            more = dict(find_unused_parameters=len(modules) > 1)  # `single` begins without the iGPT
+            self.shared = DistributedDataParallel(self.modules, forward_sync_buffers=False, **more)
 
     def train(self, train_loader, test_loader, num_epochs, on_step=None, on_pass=None):
         """Train until num_epochs passes of the loader are done, going on from self.step; then the
-        modules are in eval mode.
-
-        Loaders are Batches, or any iterables of batches with a length; what the notes call an epoch
-        is a pass of the loader. on_step(trainer) is called before each step, on_pass(row) after
-        each pass with a dict of its figures. Returns (train_losses, test_losses), a float a pass
-        each. Raises InputError when a loss or a gradient is not finite.
-        """
+        modules are in eval mode. Loaders are Batches, or any iterables of batches with a length; a
+        pass is what the notes call an epoch. on_step(trainer) is called before each step,
+        on_pass(row) after each pass with a dict of its figures. Returns (train_losses,
+        test_losses), a float a pass each. Raises InputError if a loss or gradient is not finite."""
         n = len(train_loader)
         steps = range(self.step, n * num_epochs)
         batches = itertools.chain.from_iterable(itertools.repeat(train_loader))
@@ -1080,9 +990,7 @@ class Trainer:
 
 class VQVAETrainer(Trainer):
     """Phase 1: batches are pictures (B,3,H,W) in [-1,1]. Arguments: Trainer's."""
-
     phase = "vqvae"
-
     def loss(self, x):
         return vqvae_loss(self.modules["vqvae"], x.to(self.device), self.cfg)[0]
 
@@ -1090,9 +998,7 @@ class iGPTTrainer(Trainer):
     """Phase 2: batches are sequences int64 (B,T), see sequence_batches. options: Trainer's. Raises
     InputError if vocab_size is not the model's. sequence_length is an argument of the notes'; the
     model itself refuses sequences beyond its context."""
-
     phase = "igpt"
-
     def __init__(self, model, optimizer, device, vocab_size, sequence_length, **options):
         super().__init__(model, optimizer, device, **options)
         if vocab_size != model.vocab_size:
@@ -1103,18 +1009,12 @@ class iGPTTrainer(Trainer):
 
 class JointTrainer(Trainer):
     """`single` and phase 3: all at once. Batches are (pictures (B,3,H,W), captions (B,L+1)).
-
     L = recon + codebook + beta * commit + lambda * xent. The decoder always gets the encoder's own
     codes. In `single` lambda is 0 at first, while there are no codes worth predicting, then rises.
     A small lambda does: Adam and Muon learn the transformer as fast, and a large one makes the
-    codes predictable instead of exact.
-
-    models: Models. total: steps of the phase. options: Trainer's.
-    """
-
+    codes predictable instead of exact. models: Models. total: steps of the phase."""
     TAU = 0.5  # temperature of the soft targets, in mean squared quantization errors
     RAMP = 0.05  # share of `single` in which lambda rises
-
     def __init__(self, phase, models, optimizer, device, total, **options):
         modules = {"vqvae": models.vqvae, "igpt": models.igpt}
         super().__init__(modules, optimizer, device, **options)
@@ -1145,8 +1045,7 @@ class JointTrainer(Trainer):
         will be asked for. But a nearest code has no gradient; so the cross-entropy of the targets
         softmax(-|z_e - e_k|^2 / tau) is added with its gradient and taken away without: features
         and codes move to where the transformer expects them. (As values, soft targets would teach
-        it to be as unsure as they are.)
-        """
+        it to be as unsure as they are.)"""
         igpt, codebook = self.models.igpt, self.models.vqvae.codebook
         distance = codebook.distances(z_e).flatten(1, 2)  # (B,N,K)
         tokens = distance.argmin(-1)  # (B,N)
@@ -1160,7 +1059,6 @@ class JointTrainer(Trainer):
         logits = logits[:, :K].view_as(soft)  # (B,N,K)
         return xent - ((soft - soft.detach()) * logits).sum(-1).mean()
 
-
 # --- Regimes: which phases train which models on what (notes B) -----------------------------------
 #
 #     phase      makes anew     trains    on
@@ -1168,15 +1066,10 @@ class JointTrainer(Trainer):
 #     igpt       iGPT           iGPT      sequences of tokens that are extracted once
 #     single     both           both      pictures and captions
 #     finetune   nothing        both      pictures and captions, for a short time
-#
-# Two-stage and multi train one model after the other, so that the iGPT's tokens stand still while
-# it learns them; single lets both adapt to each other from the start.
 
 REGIMES = {
     "two-stage": ("vqvae", "igpt"), "single": ("single",), "multi": ("vqvae", "igpt", "finetune"),
-    # A phase alone, for those who train the models one by one
-    "vqvae": ("vqvae",), "igpt": ("igpt",), "finetune": ("finetune",),
-}
+    "vqvae": ("vqvae",), "igpt": ("igpt",), "finetune": ("finetune",)}
 WARMUP = 0.05  # share of a phase in which its learning rates rise
 CODEBOOK, IGPT = 0.3, 0.1  # relative learning rates: codebook in joint training, iGPT in phase 3
 FEW = slice(0, 500)  # test pairs for the figures during training; `eval` takes all
@@ -1185,14 +1078,12 @@ FEW = slice(0, 500)  # test pairs for the figures during training; `eval` takes 
 class Data:
     """What the models learn from: pictures uint8 (M,H,W,3), captions lists of str. The VQ-VAE may
     have pictures of its own (the notes keep two files); by default it takes the pairs'."""
-
     train_images: np.ndarray
     test_images: np.ndarray
     train_captions: list
     test_captions: list
     vqvae_train: np.ndarray = None
     vqvae_test: np.ndarray = None
-
     def __post_init__(self):
         if self.vqvae_train is None:
             self.vqvae_train, self.vqvae_test = self.train_images, self.test_images
@@ -1204,14 +1095,12 @@ def new_vqvae(cfg, images):
     if min(size) >= 8 and (cfg.factored == "on" or cfg.factored == "auto" and two_colored(images)):
         build = FactoredVQVAE
     torch.manual_seed(cfg.seed)
-    return build(cfg.vqvae_dim, cfg.vqvae_K, cfg.vqvae_D, size,
-                 ema=cfg.ema, restart=cfg.restart)
+    return build(cfg.vqvae_dim, cfg.vqvae_K, cfg.vqvae_D, size, ema=cfg.ema, restart=cfg.restart)
 
 def new_igpt(cfg, vqvae, tokenizer):
     """The iGPT, or parallel predictor, of a Config that fits a VQ-VAE and a Tokenizer."""
-    options = (
-        tokenizer.vocab_size, vqvae.n_tokens + tokenizer.caption_length + 3,  # V, T
-        cfg.d_model, cfg.n_heads, cfg.n_layers, cfg.dropout, vqvae.codebook.weight)
+    options = (tokenizer.vocab_size, vqvae.n_tokens + tokenizer.caption_length + 3,  # V, T
+               cfg.d_model, cfg.n_heads, cfg.n_layers, cfg.dropout, vqvae.codebook.weight)
     torch.manual_seed(cfg.seed + 1)
     if cfg.predictor == "parallel":
         return ParallelPredictor(vqvae.n_embeddings, *options, ["text_image"])
@@ -1243,8 +1132,7 @@ def prepare_phase(phase, cfg, data, models, device):
     if phase in ("igpt", "single"):
         tokenizer = Tokenizer(data.train_captions + data.test_captions, vqvae.n_embeddings)
         igpt = new_igpt(cfg, vqvae, tokenizer).to(device)
-    # The rows of the batches, of which the trainer sees each once in an epoch: pictures
-    # (M,H,W,3) or their tokens (M,N), and for all but phase 1 captions (M,L+1)
+    # What batches are made of: pictures (M,H,W,3) or their tokens (M,N), and captions (M,L+1)
     make, train_ids, test_ids = picture_batches, None, None
     if phase != "vqvae":
         train_ids = tokenizer.encode_batch(data.train_captions)
@@ -1299,7 +1187,6 @@ def train_regime(regime, cfg, data, models=None, device="cpu"):
         trainer.train(*loaders)
     return models
 
-
 # --- Sampling: logits -> probabilities -> a token; prefill and decode; captions, pictures, pairs --
 #
 # From the inside out. Which span of a sequence comes next is always known, so no sample can hold a
@@ -1352,12 +1239,10 @@ def guide(cond, uncond, how):
 def generate(model, prompts, n_new, span, how, unconditional=(), closing=False):
     """Continue prompts, int64 (B,T) on any device, by n_new >= 1 tokens -> int64 (B,n_new). The
     model is in eval mode afterwards.
-
     span: (low, high), the only ids allowed. how: a SamplingConfig. unconditional: for guidance, the
     prompt without its condition, int64 (1,T'). closing: the span's last id ends a row, so it is not
     the first; what follows it is of no meaning. Raises InputError for a ParallelPredictor and
-    beyond the context.
-    """
+    beyond the context."""
     if not model.eval().causal:
         raise InputError("a parallel predictor draws pictures from captions and does nothing else")
     rows = []
@@ -1379,11 +1264,9 @@ def generate(model, prompts, n_new, span, how, unconditional=(), closing=False):
 class Models:
     """What has been trained, and what it can make. Prompts must be the beginnings of sequences of
     the orders that the iGPT was trained on."""
-
     vqvae: VQVAE = None
     igpt: iGPT = None
     tokenizer: Tokenizer = None
-
     @property
     def device(self):
         """Where the models are."""
@@ -1429,8 +1312,7 @@ class Models:
         The model first chooses between EOT, a picture comes first, and EOI, a caption does. A first
         picture had no guidance, and many show no clear digit: it is a draft, of which the caption
         is read. All pictures are then drawn from captions. Guidance makes pairs clearer than the
-        model's own: this is no exact sample of its joint distribution.
-        """
+        model's own: this is no exact sample of its joint distribution."""
         t, captions = self.tokenizer, []
         bos = torch.full((n, 1), t.bos_token, device=self.device)
         marks = generate(self.igpt, bos, 1, t.start_span, how)  # (n,1)
@@ -1441,7 +1323,6 @@ class Models:
                 prompts = image_prompts(t, drafts)
             captions += self.continue_captions(prompts, t.caption_length, how)
         return self.images(captions, how), captions
-
 
 # --- Evaluation: what the two models are worth, over the whole test split -------------------------
 #
@@ -1454,10 +1335,8 @@ def span_sums(models, tokens, captions, order):
     tokens (M,N) and captions in one of the ORDERS -> of each pair (4,M): nats of the picture, nats
     of the caption, codes guessed right, number of the caption's targets. The iGPT is in eval mode
     afterwards.
-
     The targets are its words and, where it is short, the EOT that ends it; marks whose place is
-    certain count nowhere.
-    """
+    certain count nowhere."""
     t, igpt, sums = models.tokenizer, models.igpt.eval(), []
     rows = make_sequences(tokens.cpu(), t.encode_batch(captions), t, order).to(models.device)
     for part in track(rows.split(CHUNK), "predicting"):
@@ -1506,29 +1385,16 @@ def evaluate(models, images, captions, how=SamplingConfig(), seed=0):
             out[f"round_trip_{name}"], _ = compare_captions(models, made, captions, how)
     return out
 
+# ===== Part II: everything else ===================================================================
 
-# ==================================================================================================
-# Part II: everything else
-# ==================================================================================================
-
-import argparse
-import colorsys
-import contextlib
-import csv
-import io
-import os
-import pickle
-import pickletools
-import shutil
-import signal
-import struct
+import argparse, colorsys, contextlib, csv, io, os, pickle, pickletools
+import shutil, signal, struct
 from pathlib import Path
 
 try:
     import fcntl  # file locks; not on Windows
 except ImportError:
     fcntl = None
-
 
 # --- Drawn digits: the embedded data set ----------------------------------------------------------
 
@@ -1636,7 +1502,6 @@ def make_drawn(n_train, n_test, size, seed):
         drawn |= {f"{part}_images": images, f"{part}_captions": captions}
     return drawn
 
-
 # --- Data: three sources, one result --------------------------------------------------------------
 #
 # Two pickles (the notes' files), raw MNIST, or drawn.npz: all give training pictures, test pictures
@@ -1662,9 +1527,7 @@ class SafeUnpickler(pickle.Unpickler):
     A pickle is a program: it may name any importable function and call it. So find_class, the one
     door to names, knows those with which NumPy pickles arrays, and has its own idea of them: arrays
     are made of bytes that are there, never of a size that the pickle only names. (NumPy's own
-    ndarray(2**40), or codecs.encode in "hex", over and over, would fill the memory.)
-    """
-
+    ndarray(2**40), or codecs.encode in "hex", over and over, would fill the memory.)"""
     KNOWN = {
         "numpy._reconstruct": lambda *_: np.empty(0),  # its state, shape and bytes, follows
         # Protocol 5 calls this instead; `form` is shape and order
@@ -1674,7 +1537,6 @@ class SafeUnpickler(pickle.Unpickler):
         "numpy.ndarray": None, "numpy.memmap": None,  # no more than arguments of _reconstruct
         "_codecs.encode": lambda text, _: text.encode("latin-1"),  # how protocol 2 writes bytes
     }
-
     def find_class(self, module, name):
         known = f"{module.split('.')[0]}.{name}"  # NumPy's inner modules change their names
         if known not in self.KNOWN:
@@ -1696,8 +1558,7 @@ def to_uint8(images, value_range="auto", name="images"):
 
     Floats in [0,1] ('unit'), whole numbers 0..3 ('2bit', two bits a channel) or 0..255 ('8bit');
     'auto' takes the first that the largest value fits. Raises InputError for all else: another
-    shape, H or W not divisible by 4, NaN, fractions above 1.
-    """
+    shape, H or W not divisible by 4, NaN, fractions above 1."""
     images = np.asarray(images)
     kind, shape = images.dtype.kind, images.shape
     if kind not in "uif" or shape[3:] != (3,) or shape[1] % 4 or shape[2] % 4 or not images.size:
@@ -1801,12 +1662,10 @@ def load_data(folder, value_range="auto"):
         with reading(drawn, ".npz"), np.load(drawn, allow_pickle=False) as arrays:
             data = check_pairs(**arrays, value_range="8bit")
     else:
-        raise InputError(f"no data in {folder}, which must be a directory that holds some: "
-                         f"`mmgen.py data --data {folder}` draws them")
+        raise InputError(f"no data in {folder}, which must be a directory with some: mmgen.py data")
     if own and own[0][0].shape != data[0][0].shape:
         raise InputError(f"{folder}: pictures of unlike sizes: {own[0].shape}, {data[0].shape}")
     return Data(*data, *own)
-
 
 # --- Library: the names that the notes use for what stands above ----------------------------------
 #
@@ -1821,7 +1680,6 @@ def normalize_images(images, method="vqvae", value_range="auto"):
 
 class DataProcessor:
     """The notes' name for the step from arrays to loaders."""
-
     @staticmethod
     def prepare_vqvae_data(train_data, test_data, batch_size=128, seed=0):
         """Two arrays (M,H,W,3) in any accepted range -> two Batches of (B,3,H,W) in [-1,1]."""
@@ -1850,7 +1708,6 @@ def generate_unconditional(model, tokenizer, vqvae, n_samples, device, how=Sampl
     """n_samples pairs -> pictures (n,3,H,W) in [-1,1] and a list of n captions."""
     tokens, captions = Models(vqvae, model, tokenizer).pairs(n_samples, how)
     return vqvae.decode_tokens(tokens).detach(), captions
-
 
 # --- Files: checkpoints and pictures --------------------------------------------------------------
 #
@@ -2002,7 +1859,6 @@ def show_in_terminal(images):
     for line in np.dstack([grid[::2], grid[1::2]]):  # (width,6)
         print(block * len(line) % tuple(line.flatten()) + "\x1b[0m")
 
-
 # --- Runs: a directory with checkpoints, curves and the state for --resume ------------------------
 #
 # Each phase begins with the files that those before it have left. So a run goes one and the same
@@ -2018,7 +1874,6 @@ class Run:
     state, and whether the run is complete. Raises InputError if the directory holds a run and
     neither resume nor overwrite are given, if settings or data of the run to resume are others, and
     if another training is at work there."""
-
     def __init__(self, folder, regime, cfg, data, resume=False, overwrite=False):
         self.folder, self.phases = Path(folder), REGIMES[regime]
         self.state_path = self.folder / "checkpoints/state.pth"
@@ -2035,14 +1890,12 @@ class Run:
             self.state = dict(settings=settings, done=0, rows=rows, trainer=None, complete=False)
             # Nothing that exists is lost without a word: no models, and no run that was stopped. (A
             # fine-tuning replaces what it goes on from: that is what it is for)
-            taken = any((self.folder / name).exists()
-                        for phase in self.phases for name in MAKES[phase])
+            taken = [n for phase in self.phases for n in MAKES[phase] if Path(folder, n).exists()]
             if resume and old:
                 self.state = {key: old[key] for key in self.state}
-                for key in settings:
-                    if settings[key] != old["settings"][key]:
-                        raise InputError(f"cannot resume: {key} was {old['settings'][key]}, now "
-                                         f"it is {settings[key]}")
+                for key, was in old["settings"].items():
+                    if was != settings[key]:
+                        raise InputError(f"cannot resume: {key} was {was}, now {settings[key]}")
             elif not overwrite and (taken or old and not old["complete"]):
                 raise InputError("holds a run: --resume or --overwrite it, or name another --run")
         # Two trainings would spoil each other's files. The lock ends with its process, so even a
@@ -2101,9 +1954,7 @@ class Run:
 
     def train(self, cfg, data, device, compiled=False):
         """Train the phases that are not done yet.
-
-        cfg, data: as for Run. compiled: by torch.compile, where that works.
-        """
+        cfg, data: as for Run. compiled: by torch.compile, where that works."""
         for phase in self.phases[self.state["done"] :]:
             # A kill while both models were written can leave a pair that does not fit. The state of
             # the trainer, written before, then replaces both
@@ -2144,8 +1995,7 @@ def report_codebook(vqvae, images, folder):
     log(f"VQ-VAE over {len(images)} test pictures: recon MSE {mse:.4f} (PSNR {psnr:.1f} dB), "
         f"{used:.0%} of the codes used, perplexity {perplexity:.1f}")
     if used < 0.05 or perplexity < 4:
-        log("warning: the codebook collapsed: lower --vqvae-lr (in joint training --lambda-xent), "
-            "raise --beta, or try --ema 0.99 (in phase 1)")
+        log("warning: the codebook collapsed: lower --vqvae-lr or --lambda-xent, or raise --beta")
     again = decode_pictures(vqvae, extract_tokens(vqvae, images[:32]))  # (32,H,W,3)
     grid = picture_grid(np.concatenate(list(zip(images, again))), together=2)
     atomic_write(folder / "results/reconstructions.ppm", encode_picture(grid))
@@ -2165,7 +2015,6 @@ def load_models(folder, device, phase=None, any_codes=False):
         return Models(vqvae)
     return Models(vqvae, *load_igpt(Path(folder, IGPT_FILE), vqvae, device, any_codes))
 
-
 # --- Commands: flags become Settings, the work is done by the functions above ---------------------
 #
 # A command is a function of its Options and of a dict of its other flags, those that were given.
@@ -2180,7 +2029,6 @@ SENSELESS = dict(text="image complete", image="prompt prompts",
 
 class Options(Settings):
     """The flags of all commands beside those of Config and SamplingConfig."""
-
     table = """
         data         data   folder   where the data are
         run          .      folder   where the run is
@@ -2206,7 +2054,6 @@ class Options(Settings):
         show         false  switch   draw the pictures in the terminal
         json         false  switch   JSON instead of a table
     """
-
     def pick_device(self):
         """-> torch.device, under torchrun a GPU for each process. Raises InputError if it is not
         there: only making a tensor on it can tell."""
@@ -2228,7 +2075,6 @@ class Options(Settings):
 class Parser(argparse.ArgumentParser):
     """argparse, but errors are raised: by itself it prints the whole usage before them. Sub-parsers
     are of the same class."""
-
     def error(self, message):
         raise InputError(message)
 
@@ -2240,8 +2086,7 @@ def build_parser():
 
     A flag that is not given leaves no trace (SUPPRESS), so that defaults live in the tables only,
     and a preset can tell what the user wants. Ranges are checked there, too, when Settings are made
-    of the flags. The help shows one default, or those of all PRESETS, and the range.
-    """
+    of the flags. The help shows one default, or those of all PRESETS, and the range."""
     parser = Parser(prog="mmgen.py", description="A small multimodal model: VQ-VAE and iGPT.")
     commands = parser.add_subparsers(dest="command", required=True)
     for command, (function, names, more) in COMMANDS.items():
@@ -2258,10 +2103,9 @@ def command_data(options, _):
     """Draw the embedded data set, drawn.npz."""
     if options.size % 4:
         raise InputError(f"--size {options.size}: must be divisible by 4")
-    buffer, path = io.BytesIO(), Path(options.data, "drawn.npz")
-    np.savez_compressed(buffer, **make_drawn(options.train, options.test, options.size,
-                                             options.seed))
-    atomic_write(path, buffer.getvalue())
+    out, path = io.BytesIO(), Path(options.data, "drawn.npz")
+    np.savez_compressed(out, **make_drawn(options.train, options.test, options.size, options.seed))
+    atomic_write(path, out.getvalue())
     log(f"wrote {options.train} + {options.test} pairs to {path}")
 
 def command_train(options, flags):
@@ -2427,15 +2271,13 @@ COMMANDS = {  # name: function, names of its Options, class of its other flags
     "sample": (command_sample, "mode n prompt prompts image out complete best_of show seed "
                + PLACE, SamplingConfig),
     "score": (command_score, f"prompts image {PLACE}", Settings),
-    "eval": (command_eval, f"json seed {PLACE}", SamplingConfig),
-}
+    "eval": (command_eval, f"json seed {PLACE}", SamplingConfig)}
 
 def main(argv):
     """The command line: a list of words (none: help) -> the exit status.
 
     What the user gave, and what the machine lacks, can be wrong in many ways, and each is said in
-    one line. Any other error is one of this file and keeps its traceback.
-    """
+    one line. Any other error is one of this file and keeps its traceback."""
     try:
         flags = vars(build_parser().parse_args(argv or ["--help"]))
         function, names, _ = COMMANDS[flags.pop("command")]

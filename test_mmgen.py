@@ -931,7 +931,7 @@ def test_part_one_is_complete():
     source = MMGEN.read_text()
     part_one = types.ModuleType("part_one")
     sys.modules["part_one"] = part_one  # dataclasses look their module up
-    exec(source[: source.index("# Part II")], part_one.__dict__)
+    exec(source[: source.index("# ===== Part II")], part_one.__dict__)
     data, how = part_one.Data(**drawn(40, 8)), part_one.SamplingConfig()
     steps = dict(vqvae_steps=10, igpt_steps=10, single_steps=10, finetune_steps=5)
     for regime in ("two-stage", "single", "multi"):
