@@ -102,7 +102,7 @@ def wait_for_all():
 
 def log(text, end="\n"):
     """A line for the user on stderr, from the first process alone; stdout is for results."""
-    if processes()[0] == 0:
+    if not processes()[0]:
         clear = "\r\x1b[K" if sys.stderr.isatty() else ""  # track may have left its line
         print(clear + text, file=sys.stderr, end=end, flush=True)
 
@@ -401,7 +401,7 @@ class VectorQuantizer(nn.Embedding):
     def update(self, z, tokens):
         """With a training batch of features (B*h*w,D), coded as (B*h*w,): move the codes if they
         are moving averages, restart dead ones."""
-        count = summed(torch.bincount(tokens, minlength=len(self.weight)))[:, None]  # (K,1)
+        count = summed(tokens.bincount(minlength=self.num_embeddings))[:, None]  # (K,1)
         if self.ema:
             total = summed(torch.zeros_like(self.weight).index_add_(0, tokens, z))  # (K,D)
             self.weight.lerp_(total / count.clamp(min=1), (1 - self.ema) * (count > 0))
@@ -1212,7 +1212,9 @@ def sample_token(logits, how):
     if how.greedy or how.temperature == 0:
         return logits.argmax(1)
     probs = logits_to_probs(logits, how.temperature, how.top_k, how.top_p)
-    return probs.multinomial(1)[:, 0]
+    # One random number a row, a bit below 1, falls on a token; multinomial draws one for each token
+    cdf, u = probs.cumsum(1), 0.999999 * torch.rand_like(probs[:, :1])
+    return torch.searchsorted(cdf, u * cdf[:, -1:], right=True)[:, 0]
 
 def decode(model, prompts, span):
     """Sequences that grow by a token at a time, each of which passes through the model once. A
@@ -2285,8 +2287,8 @@ def main(argv):
         function(options, flags)
         return 0
     except (InputError, OSError, MemoryError, torch.OutOfMemoryError) as error:
-        words = (str(error) or repr(error)).split()  # of a message that may have several lines
-        print("mmgen: error:", *words, file=sys.stderr)
+        text = " ".join((str(error) or repr(error)).split())  # it may have several lines
+        print(f"mmgen: error: {text}\n", end="", file=sys.stderr)  # written in one piece
         return 2
     except KeyboardInterrupt:
         return 130  # as shells have it: 128 + the number of the signal
