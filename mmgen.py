@@ -185,7 +185,7 @@ class Config(Settings):
         restart          100     50      100     0..          restart codes unused for longer; 0: no
         vqvae_epochs     30      30      30      1..          length of phase 1
         vqvae_steps      0       3500    60      0..          the same in steps
-        vqvae_lr         1e-3    3e-3    3e-3    0..          learning rate of the VQ-VAE
+        vqvae_lr         1e-3    3e-3    3e-3    0..          VQ-VAE's rate; muon: but for matrices
         d_model          128     128     32      4..          width of the iGPT
         n_heads          4       4       2       1..          heads; they divide the width
         n_layers         4       4       2       1..          blocks
@@ -197,7 +197,7 @@ class Config(Settings):
         augment          0.0     0.07    0.0     0..1         warp of a second copy; 0: no such copy
         igpt_epochs      30      30      30      1..          length of phase 2
         igpt_steps       0       4000    60      0..          the same in steps
-        igpt_lr          1e-3    8e-3    3e-3    0..          learning rate of the iGPT
+        igpt_lr          1e-3    8e-3    3e-3    0..          iGPT's rate; muon: but for matrices
         single_epochs    30      30      30      1..          length of `single`
         single_steps     0       3900    80      0..          the same in steps
         finetune_epochs  3       3       3       0..          phase 3, 0.05-0.2 of phase 1; 0: none
@@ -373,14 +373,14 @@ class VectorQuantizer(nn.Embedding):
     """The codebook, K vectors of length D, and the search for the nearest (van den Oord 2017).
     ema 0: the codebook learns by gradient, through the codebook term of compute_loss. ema in (0,1):
     each code is a moving average, of this decay, of the features it was the nearest to (appendix A
-    of the paper), without gradient. restart: a code unused for more than this many training batches
+    of the paper; in phase 3 by gradient). restart: a code unused for more than so many batches
     is put onto a feature, as are all that the first batch does not use (0: never). In eval mode
     nothing moves."""
     def __init__(self, K, D, ema=0.0, restart=100):
         super().__init__(K, D)  # self.weight (K,D), normal numbers, like the normed features
         self.weight.requires_grad_(not ema)
         self.ema, self.restart = ema, restart or math.inf
-        # For how many batches; a buffer, so that it travels in checkpoints
+        # Batches since each code's last use; a buffer, so that it travels in checkpoints
         self.register_buffer("unused", torch.full((K,), float(self.restart)))
 
     def distances(self, z):
@@ -432,8 +432,8 @@ class ChannelNorm(nn.LayerNorm):
 
 class VQVAE(nn.Module):
     """Pictures to tokens and back. VQVAE(dim=256, K=128, D=256) is the configuration of notes A.
-    dim: channels. K: codes. D: length of a code. size: (H, W) of the pictures, divisible by 4, for
-    which flat rows of tokens are folded; other sizes pass, too. codes: VectorQuantizer's options.
+    dim: channels. K: codes. D: length of a code. size: (H, W) of the pictures, by which flat rows
+    of tokens are folded; others pass, too, all divisible by 4. codes: VectorQuantizer's options.
     """
     def __init__(self, dim=256, K=128, D=256, size=(28, 28), **codes):
         super().__init__()
@@ -507,7 +507,7 @@ def two_colored(images):
     x = to_float(torch.from_numpy(images[::20]))
     return F.mse_loss(join_colors(*split_colors(x)), x).item() < 0.002
 
-CORNERS = ..., [0, 0, -1, -1], [0, -1, 0, -1]  # the corner cells of grids (...,h,w), (...,4)
+CORNERS = ..., [0, 0, -1, -1], [0, -1, 0, -1]  # index: grids (...,h,w) -> corner cells (...,4)
 
 class FactoredVQVAE(VQVAE):
     """A VQVAE that codes shapes apart from colours, for pictures that are two_colored and of 8 x 8
@@ -529,7 +529,7 @@ class FactoredVQVAE(VQVAE):
         return self.norm(z)
 
     def decode(self, z):
-        mask = self.decoder(z).float().mean(1, keepdim=True)  # (B,1,4h,4w) in [-1,1]
+        mask = self.decoder(z).float().mean(1, keepdim=True)  # (B,1,4h,4w), about -1 to 1
         colors = self.colors_out(z[CORNERS].flatten(1)).float()  # (B,6)
         return join_colors((mask + 1) / 2, colors.view(-1, 2, 3))
 
@@ -660,8 +660,8 @@ class iGPT(nn.Module):
 
     def forward(self, tokens, places=None, tables=None, caches=None, position=0):
         """tokens int64 (B,T) -> logits (B,T,V). Raises InputError beyond the context. The rest is
-        for `decode`: places (B,T), if the last mark stands before these tokens; what tables() said
-        before, of the output perhaps some rows; a cache a layer, of `position` earlier tokens."""
+        for decode() of Sampling: places (B,T), if the last mark stands before these tokens; tables,
+        kept from tables(), the output's rows perhaps cut; a cache a layer, of `position` tokens."""
         length = position + tokens.shape[1]
         if length > self.context_length:
             raise InputError(f"{length} tokens, the context holds {self.context_length}")
@@ -768,7 +768,7 @@ def next_token_nll(logits, sequences):
     return nll.view_as(targets)
 
 def igpt_loss(igpt, rows, cfg):
-    """Sequences (B,T) -> mean nats a target, a scalar, and the logits (B,T-1,V).
+    """Sequences (B,T) -> weighted mean nats a target, a scalar, and the logits (B,T-1,V).
     The EOTs that fill up a short caption count nothing. The words of a caption that FOLLOWS a
     picture count caption_weight: they are 6 targets of 57, in half of the rows, but all there is to
     captioning."""
@@ -782,9 +782,9 @@ def igpt_loss(igpt, rows, cfg):
     return (next_token_nll(logits, rows) * weight).sum() / weight.sum(), logits
 
 def with_noise(igpt, inputs, most):
-    """Sequences (B,T) -> in training the same, but of each row's picture tokens a share, drawn from
+    """Inputs (B,T-1) -> in training the same, but of each row's picture tokens a share, drawn from
     0 to `most`, are codes from elsewhere in the batch: a model that draws reads its own errors, and
-    should rather heed the caption. Codes are told from words by the codebook, if there is one."""
+    should rather heed the caption. An iGPT without a codebook cannot tell codes: no noise."""
     is_code = inputs < igpt.n_codes  # (B,T)
     codes = inputs[is_code]
     if not most or not igpt.training or not len(codes):
@@ -852,8 +852,8 @@ class Muon(torch.optim.Adam):
 def make_optimizer(cfg, modules, factors):
     """A Config's optimizer, Adam or Muon, of the parameters of modules, a dict of 'vqvae', 'igpt'
     or both, but for frozen ones. (Muon without orthogonal groups is Adam.)
-    One group each for VQ-VAE, codebook and transformer, under muon also for their matrices, by
-    shape. factors: dict of what multiplies the learning rates of 'vqvae', 'codebook' and 'igpt'."""
+    One group each for VQ-VAE, codebook, transformer; under muon their matrices, by shape, learn at
+    Muon.LR, not at the Config's rates. factors multiply those of 'vqvae', 'codebook', 'igpt'."""
     groups = {}
     for kind, module in modules.items():
         for name, p in module.named_parameters():
@@ -1009,8 +1009,8 @@ class iGPTTrainer(Trainer):
 
 class JointTrainer(Trainer):
     """`single` and phase 3: all at once. Batches are (pictures (B,3,H,W), captions (B,L+1)).
-    L = recon + codebook + beta * commit + lambda * xent. The decoder always gets the encoder's own
-    codes. In `single` lambda is 0 at first, while there are no codes worth predicting, then rises.
+    L = compute_loss + lambda * xent. The decoder always gets the encoder's own codes. In `single`
+    lambda is 0 at first, while there are no codes worth predicting, then rises.
     A small lambda does: Adam and Muon learn the transformer as fast, and a large one makes the
     codes predictable instead of exact. models: Models. total: steps of the phase."""
     TAU = 0.5  # temperature of the soft targets, in mean squared quantization errors
@@ -1076,8 +1076,8 @@ FEW = slice(0, 500)  # test pairs for the figures during training; `eval` takes 
 
 @dataclass
 class Data:
-    """What the models learn from: pictures uint8 (M,H,W,3), captions lists of str. The VQ-VAE may
-    have pictures of its own (the notes keep two files); by default it takes the pairs'."""
+    """What the models learn from: pictures uint8 (M,H,W,3), H and W divisible by 4, captions lists
+    of str. The VQ-VAE may have its own pictures (the notes: two files); default: the pairs'."""
     train_images: np.ndarray
     test_images: np.ndarray
     train_captions: list
@@ -1154,8 +1154,8 @@ def prepare_phase(phase, cfg, data, models, device):
     return models, trainer, (train, make(test, 125, test_ids), passes)
 
 def phase_trainer(phase, cfg, models, device, total):
-    """The Trainer of a phase of `total` steps. Learning rates are the Config's; but a codebook that
-    also a transformer pulls at must move slower, and in phase 3 all must, for the models have
+    """The Trainer of a phase of `total` steps. Learning rates are make_optimizer's; but a codebook
+    that also a transformer pulls at must move slower, and in phase 3 all must, for the models have
     learned to fit each other."""
     vqvae, igpt = models.vqvae, models.igpt
     modules, factors = {"vqvae": vqvae, "igpt": igpt}, {"codebook": CODEBOOK}  # of `single`
@@ -1264,8 +1264,8 @@ def generate(model, prompts, n_new, span, how, unconditional=(), closing=False):
 
 @dataclass
 class Models:
-    """What has been trained, and what it can make. Prompts must be the beginnings of sequences of
-    the orders that the iGPT was trained on."""
+    """What has been trained, and what it can make; how: a SamplingConfig. Prompts must begin like
+    sequences of the orders that the iGPT was trained on."""
     vqvae: VQVAE = None
     igpt: iGPT = None
     tokenizer: Tokenizer = None
@@ -1280,11 +1280,11 @@ class Models:
             log(f"warning: the model was trained on {', '.join(self.igpt.orders)}, not {order}")
 
     def continue_images(self, prompts, n_new, how, unconditional=()):
-        """Prompts (B,T) in a picture's span -> its next tokens int64 (B,n_new)."""
+        """Prompts (B,T) that end where a picture goes on -> its next tokens int64 (B,n_new)."""
         return generate(self.igpt, prompts, n_new, self.tokenizer.image_span, how, unconditional)
 
     def continue_captions(self, prompts, n_words, how):
-        """Prompts (B,T) in a caption's span -> list of B texts of 1 to n_words words."""
+        """Prompts (B,T) that end where a caption goes on -> B texts of 1 to n_words words."""
         t = self.tokenizer
         rows = generate(self.igpt, prompts, n_words, t.text_span, how, closing=True)
         return list(map(t.text_decode, rows))
