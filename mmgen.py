@@ -634,7 +634,7 @@ class iGPT(nn.Module):
         if codebook is not None:
             self.code_in = nn.Linear(codebook.shape[1], d_model, bias=False)
             self.code_out = nn.Linear(codebook.shape[1], d_model, bias=False)
-        # Branches and output start small: the first loss is log V, the first gradients are calm
+        # Branches and output start small: the first gradients are calm
         for name, weight in self.named_parameters():
             if name.endswith(("out.weight", "mlp.2.weight", "head.weight")):
                 nn.init.normal_(weight, std=0.02)
