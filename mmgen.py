@@ -785,20 +785,21 @@ def with_noise(igpt, inputs, most):
     """Inputs (B,T-1) -> in training the same, but of each row's picture tokens a share, drawn from
     0 to `most`, are codes from elsewhere in the batch: a model that draws reads its own errors, and
     should rather heed the caption. An iGPT without a codebook cannot tell codes: no noise."""
-    is_code = inputs < igpt.n_codes  # (B,T)
+    if not most or not igpt.training:
+        return inputs
+    is_code = inputs < igpt.n_codes  # (B,T-1)
     codes = inputs[is_code]
-    if not most or not igpt.training or not len(codes):
+    if not len(codes):
         return inputs
     share = most * torch.rand(len(inputs), 1, device=inputs.device)
     replace = is_code & (torch.rand_like(inputs, dtype=torch.float) < share)
-    others = codes[torch.randint_like(inputs, len(codes))]  # (B,T)
+    others = codes[torch.randint_like(inputs, len(codes))]  # (B,T-1)
     return torch.where(replace, others, inputs)
 
-def measure_reconstruction(vqvae, images):
-    """Over pictures uint8 (M,H,W,3): recon_mse ([-1,1] units), recon_psnr (dB; values span 2),
-    codebook_used (share of codes chosen at all) and codebook_perplexity (exp of their use's
-    entropy: so many codes, used alike, would tell as much)."""
-    tokens = extract_tokens(vqvae, images)  # (M,N)
+def measure_reconstruction(vqvae, images, tokens):
+    """Over pictures uint8 (M,H,W,3) and their tokens (M,N): recon_mse ([-1,1] units), recon_psnr
+    (dB; values span 2), codebook_used (share of codes chosen at all) and codebook_perplexity (exp
+    of their use's entropy: so many codes, used alike, would tell as much)."""
     errors = decode_pictures(vqvae, tokens).astype(np.float32) - images  # (M,H,W,3)
     mse = np.square(errors / 127.5).mean().item()
     counts = tokens.flatten().bincount()  # (K,), or less if the last codes are not used
@@ -1048,15 +1049,13 @@ class JointTrainer(Trainer):
         it to be as unsure as they are.)"""
         igpt, codebook = self.models.igpt, self.models.vqvae.codebook
         distance = codebook.distances(z_e).flatten(1, 2)  # (B,N,K)
-        tokens = distance.argmin(-1)  # (B,N)
-        rows = mixed_sequences(tokens, text_ids, self.models.tokenizer, igpt.orders)  # (B,T)
+        rows = mixed_sequences(distance.argmin(-1), text_ids, self.models.tokenizer, igpt.orders)
         xent, logits = igpt_loss(igpt, rows, self.cfg)
         error = distance.detach().amin(-1).mean().clamp(min=1e-6)
         soft = F.softmax(-distance / (self.TAU * error), dim=-1)  # (B,N,K)
         # Logits will do for log p: they differ by a number for each token, and soft sums up to 1
         K = soft.shape[-1]
-        logits = logits.detach()[rows[:, 1:] < K]  # (B*N,V), in the order of the features
-        logits = logits[:, :K].view_as(soft)  # (B,N,K)
+        logits = logits.detach()[rows[:, 1:] < K][:, :K].view_as(soft)  # (B,N,K), as the features
         return xent - ((soft - soft.detach()) * logits).sum(-1).mean()
 
 # --- Regimes: which phases train which models on what (notes B) -----------------------------------
@@ -1366,7 +1365,8 @@ def evaluate(models, images, captions, how=SamplingConfig(), seed=0):
     nats and accuracy of the next token, and captions that were read in true pictures and in
     drawings (round trips: caption -> picture -> caption)."""
     vqvae, igpt, N = models.vqvae, models.igpt, models.vqvae.n_tokens
-    out, tokens = measure_reconstruction(vqvae, images), extract_tokens(vqvae, images)  # (M,N)
+    tokens = extract_tokens(vqvae, images)  # (M,N)
+    out = measure_reconstruction(vqvae, images, tokens)
     torch.manual_seed(seed)
     for order in igpt.orders:
         # Nats are shared out among N codes a picture, and among the targets of all captions
@@ -1382,8 +1382,7 @@ def evaluate(models, images, captions, how=SamplingConfig(), seed=0):
     if "nll_text" in out and "nll_image" in out:  # it can draw, and read what it drew
         for name, drawing in ("exact", how), ("unguided", how.but(guidance=0.0)):
             # Through pixels: what we read is what a person would be shown
-            made = decode_pictures(vqvae, models.images(captions, drawing))
-            made = extract_tokens(vqvae, made)  # (M,N)
+            made = extract_tokens(vqvae, decode_pictures(vqvae, models.images(captions, drawing)))
             out[f"round_trip_{name}"], _ = compare_captions(models, made, captions, how)
     return out
 
@@ -1993,12 +1992,13 @@ def draw_curves(rows):
 def report_codebook(vqvae, images, folder):
     """After a phase that trained the VQ-VAE: is it good enough to go on? Over the whole test set;
     32 originals, each with its reconstruction at its right, go to results/reconstructions.ppm."""
-    mse, psnr, used, perplexity = measure_reconstruction(vqvae, images).values()
+    tokens = extract_tokens(vqvae, images)  # (M,N)
+    mse, psnr, used, perplexity = measure_reconstruction(vqvae, images, tokens).values()
     log(f"VQ-VAE over {len(images)} test pictures: recon MSE {mse:.4f} (PSNR {psnr:.1f} dB), "
         f"{used:.0%} of the codes used, perplexity {perplexity:.1f}")
     if used < 0.05 or perplexity < 4:
         log("warning: the codebook collapsed: lower --vqvae-lr or --lambda-xent, or raise --beta")
-    again = decode_pictures(vqvae, extract_tokens(vqvae, images[:32]))  # (32,H,W,3)
+    again = decode_pictures(vqvae, tokens[:32])  # (32,H,W,3)
     grid = picture_grid(np.concatenate(list(zip(images, again))), together=2)
     atomic_write(folder / "results/reconstructions.ppm", encode_picture(grid))
 
