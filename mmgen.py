@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: MIT
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch==2.13.0", "numpy"]
+# dependencies = ["torch>=2.5", "numpy"]
 # ///
 """mmgen: a small multimodal generative model in one file, to run, to read and to copy from.
 
@@ -106,15 +106,15 @@ def log(text, end="\n"):
         clear = "\r\x1b[K" if sys.stderr.isatty() else ""  # track may have left its line
         print(clear + text, file=sys.stderr, end=end, flush=True)
 
-def track(items, what, done=0, news=str):
+def track(items, what, done=0, news=str, later=0):
     """The items (an iterable with a length, after `done` others) one by one. On a terminal a line
-    that changes says how far it is, how fast, how much longer and what news() returns; elsewhere a
-    line every five seconds does."""
+    that changes says how far it is, how fast, how much longer (with `later` seconds for what
+    follows) and what news() returns; elsewhere a line every five seconds does."""
     live, started, shown = sys.stderr.isatty(), time.monotonic(), 0
     for i, item in enumerate(items):
         seconds = time.monotonic() - started
         if i and seconds - shown > (0.2 if live else 5):
-            shown, left = seconds, int((len(items) - i) * seconds / i)
+            shown, left = seconds, int((len(items) - i) * seconds / i + later)
             log(f"{what} {done + i}/{done + len(items)}  {i / seconds:.2f}/s  "
                 f"{left // 60}:{left % 60:02} left  {news()}", end="" if live else "\n")
         yield item
@@ -125,7 +125,7 @@ def track(items, what, done=0, news=str):
 
 PRESETS = ("full", "laptop", "tiny")
 ORDERS = ("image_text", "text_image", "plain")  # of a sequence, see make_sequences
-Field = namedtuple("Field", "default presets limits text")
+Field = namedtuple("Field", "default presets limits text group")
 
 def parse(cell):
     """A cell of a table -> the int, float, bool, list or text that it spells."""
@@ -137,16 +137,20 @@ def parse(cell):
 class Settings:
     """Base of the classes below. Each line of a class's `table` makes a field, and a flag of the
     command line (vqvae_dim is --vqvae-dim): name, default (or the values in all PRESETS, of which
-    the first is the default), range, choices or a word, and what to know before turning it. A class
+    the first is the default), range, choices or a word, and what to know before turning it; a
+    line of one cell is the heading of a group. A class
     holds the defaults, an object its own values, given by name. Raises InputError for a value of
     another type or out of its range, TypeError for a name that is not in the table."""
     table, fields = "", {}
     def __init_subclass__(cls):
-        cls.fields = {}
+        cls.fields, group = {}, ""
         for line in cls.table.strip().splitlines():
-            name, *cells, limits, text = re.split("  +", line.strip())
-            values = [parse(cell) for cell in cells]
-            cls.fields[name] = Field(values[0], dict(zip(PRESETS, values)), limits, text)
+            name, *cells = re.split("  +", line.strip())
+            if not cells:
+                group = name
+                continue
+            *values, limits, text = map(parse, cells)
+            cls.fields[name] = Field(values[0], dict(zip(PRESETS, values)), limits, text, group)
             setattr(cls, name, values[0])
 
     def __init__(self, **values):
@@ -175,6 +179,7 @@ class Config(Settings):
     lengths in steps (the time then does not depend on the data), for a CPU. `tiny`: seconds, for
     tests. A length in steps, if not 0, goes before that in epochs."""
     table = """
+        VQ-VAE
         vqvae_dim        256     64      16      4..          channels; 64 is 12 times as fast
         vqvae_K          128     1024    32      2..          codes; more: sharper, slower iGPT
         vqvae_D          256     64      16      2..          length of a code vector
@@ -186,6 +191,7 @@ class Config(Settings):
         vqvae_epochs     30      30      30      1..          length of phase 1
         vqvae_steps      0       3500    60      0..          the same in steps
         vqvae_lr         1e-3    3e-3    3e-3    0..          VQ-VAE's rate; muon: but for matrices
+        iGPT
         d_model          128     128     32      4..          width of the iGPT
         n_heads          4       4       2       1..          heads; they divide the width
         n_layers         4       4       2       1..          blocks
@@ -198,6 +204,7 @@ class Config(Settings):
         igpt_epochs      30      30      30      1..          length of phase 2
         igpt_steps       0       4000    60      0..          the same in steps
         igpt_lr          1e-3    8e-3    3e-3    0..          iGPT's rate; muon: but for matrices
+        joint training
         single_epochs    30      30      30      1..          length of `single`
         single_steps     0       3900    80      0..          the same in steps
         finetune_epochs  3       3       3       0..          phase 3, 0.05-0.2 of phase 1; 0: none
@@ -205,6 +212,7 @@ class Config(Settings):
         finetune_lr      0.01    0.002   0.01    0..          VQ-VAE's rates in phase 3, relative
         lambda_xent      0.003   0.003   0.003   0..          of cross-entropy; 0.1: codes collapse
         lambda_warmup    0.3     0.15    0.3     0..1         share of `single` in which that is 0
+        general
         batch_size       128     32      16      1..          32 learns most a second on a CPU
         optimizer        adam    muon    adam    adam|muon    muon: orthogonal steps for matrices
         precision        auto    auto    fp32    auto|fp32|bf16  of products; auto: bf16 if fast
@@ -298,7 +306,7 @@ def random_affine(x, strength):
 def picture_batches(images, batch_size, text_ids=None, **options):
     """uint8 pictures (M,H,W,3) -> Batches of (B,3,H,W) in [-1,1]; with text ids (M,L+1) of pairs
     (pictures, text ids (B,L+1))."""
-    pixels = torch.from_numpy(images)
+    pixels = torch.from_numpy(np.ascontiguousarray(images))
     def get(rows):
         x = to_float(pixels[rows])
         return x if text_ids is None else (x, text_ids[rows])
@@ -317,15 +325,16 @@ def specials(vocab_size):
 
 class Tokenizer:
     """Words to token ids and back (notes A, "multimodal token processing"). texts: the captions
-    whose words make the vocabulary. n_embeddings: K. caption_length: L, by default that of the
-    longest caption. Raises InputError if there is no word."""
-    def __init__(self, texts, n_embeddings, caption_length=None):
+    whose words make the vocabulary. n_embeddings: K. lengths: numbers of words that captions may
+    have, by default those of the texts. Raises InputError if there is no word."""
+    def __init__(self, texts, n_embeddings, lengths=None):
         captions = [text.split() for text in texts]
         self.words = sorted(set().union(*captions))  # sorted: the same ids in every process
         if not self.words:
             raise InputError("the captions hold no words")
         self.n_embeddings = n_embeddings
-        self.caption_length = caption_length or max(map(len, captions))  # L
+        self.lengths = lengths or sorted(set(map(len, captions)))
+        self.caption_length = self.lengths[-1]  # L
         self.all_words = [*self.words, "<eot>", "<eoi>", "<bos>"]
         self.vocab_size = n_embeddings + len(self.all_words)  # V
         self.end_of_text_token, self.end_of_image_token, self.bos_token = specials(self.vocab_size)
@@ -439,7 +448,7 @@ class VQVAE(nn.Module):
         super().__init__()
         # What builds this model again, for checkpoints
         self.options = dict(dim=dim, K=K, D=D, size=size, **codes)
-        self.n_embeddings, self.size = K, size
+        self.n_embeddings, self.size = K, tuple(size)
         self.grid = size[0] // 4, size[1] // 4  # (h, w)
         self.n_tokens = math.prod(self.grid)  # N
         self.encoder = nn.Sequential(
@@ -738,7 +747,8 @@ def extract_tokens(vqvae, images, augment=0.0):
     """Run pictures uint8 (M,H,W,3) through the encoder once, not in every epoch (notes B: offline)
     -> tokens int64 (M,N) on the CPU. augment: strength of a random_affine before."""
     device, out = vqvae.codebook.weight.device, []
-    for part in track(torch.from_numpy(images).split(CHUNK), "extracting tokens"):
+    pixels = torch.from_numpy(np.ascontiguousarray(images))
+    for part in track(pixels.split(CHUNK), "extracting tokens"):
         x = to_float(part)
         x = random_affine(x, augment) if augment else x
         out.append(vqvae.get_tokens(x.to(device)).flatten(1).cpu())
@@ -905,24 +915,26 @@ class Trainer:
         self.optimizer, self.device, self.cfg = optimizer, torch.device(device), cfg
         self.scheduler = scheduler or torch.optim.lr_scheduler.ConstantLR(optimizer, 1)
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
+        self.bf16 = bf16
         self.step, self.losses = 0, dict(step=[], train=[], test=[])  # the latter two of each pass
         if dist.is_initialized():
             more = dict(find_unused_parameters=len(modules) > 1)  # `single` begins without the iGPT
             self.shared = DistributedDataParallel(self.modules, forward_sync_buffers=False, **more)
 
-    def train(self, train_loader, test_loader, num_epochs, on_step=None, on_pass=None):
+    def train(self, train_loader, test_loader, num_epochs, on_step=None, on_pass=None, later=0):
         """Train until num_epochs passes of the loader are done, going on from self.step; then the
         modules are in eval mode. Loaders are Batches, or any iterables of batches with a length; a
         pass is what the notes call an epoch. on_step(trainer) is called before each step,
-        on_pass(row) after each pass with a dict of its figures. Returns (train_losses,
-        test_losses), a float a pass each. Raises InputError if a loss or gradient is not finite."""
+        on_pass(row) after each pass with a dict of its figures. later: see track. Returns
+        (train_losses, test_losses), a float a pass each. Raises InputError if a loss or gradient is not finite."""
         n = len(train_loader)
         steps = range(self.step, n * num_epochs)
         batches = itertools.chain.from_iterable(itertools.repeat(train_loader))
         if isinstance(train_loader, Batches):  # a resumed run may begin within a pass
             batches = map(train_loader.__getitem__, steps)
         self.modules.train()
-        for _ in track(steps, self.phase, self.step, lambda: f"loss {self.losses['step'][-1]:.4f}"):
+        news = lambda: f"loss {self.losses['step'][-1]:.4f}"
+        for _ in track(steps, self.phase, self.step, news, later):
             if on_step:
                 on_step(self)
             self.train_step(next(batches))
@@ -934,6 +946,18 @@ class Trainer:
                     on_pass(row)
         self.modules.eval()
         return self.losses["train"], self.losses["test"]
+
+    def compile(self, batch):
+        """Have torch.compile make faster models. A batch tells whether it can, on this machine."""
+        for options in {}, {"disable": True}:
+            try:
+                self.modules.eval()
+                for module in self.modules.values():
+                    module.compile(**options)
+                with self.autocast:
+                    return self.loss(batch)["loss"].backward()
+            except Exception as error:  # every backend fails in its own way
+                log(f"warning: not compiled ({type(error).__name__})")
 
     def train_step(self, batch):
         """Forward, backward, clip, update."""
@@ -990,9 +1014,11 @@ class Trainer:
         self.scheduler.load_state_dict(state["scheduler"])
 
 class VQVAETrainer(Trainer):
-    """Phase 1: batches are pictures (B,3,H,W) in [-1,1]. Arguments: Trainer's."""
+    """Phase 1: batches are pictures (B,3,H,W) in [-1,1], or begin with them, as those of a torch
+    DataLoader often do. Arguments: Trainer's."""
     phase = "vqvae"
-    def loss(self, x):
+    def loss(self, batch):
+        x = batch[0] if isinstance(batch, (list, tuple)) else batch
         return vqvae_loss(self.modules["vqvae"], x.to(self.device), self.cfg)[0]
 
 class iGPTTrainer(Trainer):
@@ -1111,7 +1137,16 @@ def use_bf16(precision, device):
         return precision == "bf16"
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
-    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    able = getattr(torch.cpu, "get_capabilities", dict)()  # older torch cannot tell
+    return device.type == "cpu" and able.get("avx512_bf16", False)
+
+def phase_length(phase, cfg, n_rows):
+    """-> number of passes, batches a pass. A length in steps is rounded up to about ten passes."""
+    steps = getattr(cfg, f"{phase}_steps")
+    if not steps:
+        return getattr(cfg, f"{phase}_epochs"), math.ceil(n_rows / cfg.batch_size)
+    per_pass = math.ceil(steps / 10)
+    return math.ceil(steps / per_pass), per_pass
 
 def prepare_phase(phase, cfg, data, models, device):
     """Models that the phases before have left -> the Models of a phase, its Trainer, and what
@@ -1142,11 +1177,7 @@ def prepare_phase(phase, cfg, data, models, device):
         if cfg.augment:  # a second copy, against learning a few thousand shapes by heart
             torch.manual_seed(cfg.seed)
             train = torch.cat([train, extract_tokens(vqvae, images, cfg.augment)])  # (2*M,N)
-    # The length: one in steps is rounded up to about ten whole passes
-    passes, steps = getattr(cfg, f"{phase}_epochs"), getattr(cfg, f"{phase}_steps")
-    per_pass = math.ceil(steps / 10)  # 0: a pass is an epoch
-    if steps:
-        passes = math.ceil(steps / per_pass)
+    passes, per_pass = phase_length(phase, cfg, len(train))
     train = make(train, cfg.batch_size, train_ids, seed=cfg.seed, per_pass=per_pass)
     models = Models(vqvae, igpt, tokenizer)
     trainer = phase_trainer(phase, cfg, models, device, len(train) * passes)
@@ -1294,6 +1325,10 @@ class Models:
         self.expect("text_image")
         t, N, nothing = self.tokenizer, self.vqvae.n_tokens, ()
         prompts = text_prompts(t, captions).to(self.device)  # (B,L+3)
+        for text in captions:
+            if len(text.split()) not in t.lengths:
+                usual = " or ".join(map(str, t.lengths))
+                log(f"warning: {text!r} is no caption of {usual} words, as those learned from")
         if not self.igpt.causal:  # a ParallelPredictor draws all tokens, which it sees as blank
             logits = self.igpt(F.pad(prompts, (0, N - 1)))[:, -N:, : t.n_embeddings]  # (B,N,K)
             return sample_token(logits.flatten(0, 1), how).view(-1, N)
@@ -1361,9 +1396,22 @@ def compare_captions(models, tokens, captions, how):
 
 def evaluate(models, images, captions, how=SamplingConfig(), seed=0):
     """What both models are worth: all figures of `eval`, over pictures uint8 (M,H,W,3) and M
-    captions -> dict of floats, without those that the model was not trained for: reconstruction,
-    nats and accuracy of the next token, and captions that were read in true pictures and in
-    drawings (round trips: caption -> picture -> caption)."""
+    captions -> dict of floats, without those that the model was not trained for. (+: higher is
+    better, -: lower is.)
+        recon_mse: - squared error of reconstructions, in [-1,1] units
+        recon_psnr: + the same in dB
+        codebook_used: + share of the codes that are chosen at all
+        codebook_perplexity: + so many codes, used alike, would tell as much
+        nll_text_to_image: - nats a picture token, after the caption
+        nll_image: - nats a picture token, without the caption
+        nll_image_to_text: - nats a word, after the picture
+        nll_text: - nats a word, without the picture
+        code_accuracy: + share of picture tokens that were the likeliest, after the caption
+        caption_exact: + greedy captions of true pictures that are wholly right
+        caption_slot_accuracy: + their words that are right, place by place
+        round_trip_exact: + a picture drawn for each caption and read again: the same caption
+        round_trip_unguided: + the same without guidance: what the model itself has learned
+    """
     vqvae, igpt, N = models.vqvae, models.igpt, models.vqvae.n_tokens
     tokens = extract_tokens(vqvae, images)  # (M,N)
     out = measure_reconstruction(vqvae, images, tokens)
@@ -1389,7 +1437,7 @@ def evaluate(models, images, captions, how=SamplingConfig(), seed=0):
 # ===== Part II: everything else ===================================================================
 
 import argparse, colorsys, contextlib, csv, io, os, pickle, pickletools
-import shutil, signal, struct
+import shutil, signal, struct, textwrap
 from pathlib import Path
 
 try:
@@ -1597,8 +1645,8 @@ def check_captions(texts, images, name="texts"):
         raise InputError(f"{name}: want a list of {len(images)} captions, one a picture, found "
                          f"{type(texts).__name__} {np.shape(texts)}")
     for i, text in enumerate(texts):
-        if not isinstance(text, str) or not text.split():
-            raise InputError(f"{name}: caption {i} is {text!r}, no text of words")
+        if not isinstance(text, str) or not text.split() or re.search("[\ud800-\udfff]", text):
+            raise InputError(f"{name}: caption {i} is {text!a}, no text of words")
     return [" ".join(text.split()) for text in texts]
 
 def check_pairs(train_images, test_images, train_captions, test_captions, value_range):
@@ -1643,6 +1691,7 @@ def load_mnist(folder):
         test, test_texts = colorize(*found[2:], rng)
         return check_pairs(train, test, texts, test_texts, "8bit")
 
+DRAWN = "train_images test_images train_captions test_captions".split()  # arrays of drawn.npz
 # Where load_data looks, in this order
 SOURCES = "colored_mnist_with_text.pkl mnist_colored.pkl mnist drawn.npz".split()
 
@@ -1661,9 +1710,10 @@ def load_data(folder, value_range="auto"):
         data = load_mnist(mnist)
     elif drawn.exists():
         with reading(drawn, ".npz"), np.load(drawn, allow_pickle=False) as arrays:
-            data = check_pairs(**arrays, value_range="8bit")
+            data = check_pairs(*map(arrays.__getitem__, DRAWN), "8bit")
     else:
-        raise InputError(f"no data in {folder}, which must be a directory with some: mmgen.py data")
+        raise InputError(f"{folder} holds none of {', '.join(SOURCES)}: no data (`mmgen.py data "
+                         f"--data {folder}` would draw some)")
     if own and own[0][0].shape != data[0][0].shape:
         raise InputError(f"{folder}: pictures of unlike sizes: {own[0].shape}, {data[0].shape}")
     return Data(*data, *own)
@@ -1717,11 +1767,12 @@ def generate_unconditional(model, tokenizer, vqvae, n_samples, device, how=Sampl
 # makes torch refuse all but tensors and plain values. Samples are a PPM, the plainest of picture
 # formats (size and pixels), or a PNG, which every program shows; and .npy, for programs.
 
-FORMAT = 5  # of checkpoints; raise it whenever an old file would be misread
+FORMAT = 6  # of checkpoints; raise it whenever an old file would be misread
 VQVAE_FILE, IGPT_FILE = "checkpoints/vqvae_model.pth", "checkpoints/igpt_model.pth"  # of a run
 
-def atomic_write(path, data):
-    """Write bytes beside their place, flush to disk, rename: one sees the old file or the new."""
+def atomic_write(path, data, patience=0):
+    """Write bytes beside their place, flush to disk, rename: one sees the old file or the new. Some
+    systems replace no file that is open elsewhere: that is tried again for `patience` seconds."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     if processes()[0]:
@@ -1732,9 +1783,21 @@ def atomic_write(path, data):
             file.write(data)
             file.flush()
             os.fsync(file)
+        for _ in range(patience):
+            with contextlib.suppress(PermissionError):
+                return beside.replace(path)
+            time.sleep(1)
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
+
+@contextlib.contextmanager
+def optional():
+    """Within: a picture or table that cannot be written now is no reason to end a training."""
+    try:
+        yield
+    except OSError as error:
+        log(f"warning: {error}")
 
 def save_checkpoint(path, model=None, /, **content):
     """A model, also one that torch.compile has wrapped, and tensors, numbers, strings, containers
@@ -1743,10 +1806,12 @@ def save_checkpoint(path, model=None, /, **content):
     # "/": content may have a key "model" of its own, as that of a file that is saved again has
     if model is not None:
         model = getattr(model, "_orig_mod", model)
-        content |= dict(kind=type(model).__name__, options=model.options, model=model.state_dict())
+        # NumPy's numbers, as sizes often are, become Python's: all that weights_only admits
+        options = json.loads(json.dumps(model.options, default=lambda number: number.item()))
+        content |= dict(kind=type(model).__name__, options=options, model=model.state_dict())
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, **content}, buffer)
-    atomic_write(path, buffer.getvalue())
+    atomic_write(path, buffer.getvalue(), 60)
 
 def load_checkpoint(path):
     """What save_checkpoint wrote, as a dict, on the CPU. Raises InputError."""
@@ -1779,7 +1844,7 @@ def fingerprint(vqvae):
 
 def save_igpt(path, igpt, tokenizer, vqvae):
     """checkpoints/igpt_model.pth: also the vocabulary, and which codebook its tokens refer to."""
-    save_checkpoint(path, igpt, words=tokenizer.words, caption_length=tokenizer.caption_length,
+    save_checkpoint(path, igpt, words=tokenizer.words, lengths=tokenizer.lengths,
                     codebook=fingerprint(vqvae))
 
 def load_igpt(path, vqvae, device="cpu", any_codes=False):
@@ -1789,12 +1854,32 @@ def load_igpt(path, vqvae, device="cpu", any_codes=False):
     with reading(path, "iGPT"):
         if not any_codes and content["codebook"] != fingerprint(vqvae):
             raise InputError("was trained on the codes of another VQ-VAE: train the iGPT anew")
-        tokenizer = Tokenizer(content["words"], vqvae.n_embeddings, content["caption_length"])
+        tokenizer = Tokenizer(content["words"], vqvae.n_embeddings, content["lengths"])
         linked = "code_in.weight" in content["model"]
         # If the words are damaged, the weights do not fit their number
         igpt = rebuild(content, iGPT, ParallelPredictor, vocab_size=tokenizer.vocab_size,
                        codebook=vqvae.codebook.weight if linked else None)
         return igpt.to(device), tokenizer
+
+# Letters of 5 x 7 pixels, one word each. A digit in base 32 is a row: its five bits are the pixels
+FONT = dict(zip("abcdefghijklmnopqrstuvwxyz0123456789. ", """
+    00e1fhf gguhhhu 00fgggf 11fhhhf 00ehvge 68s8888 0fhhf1e gguhhhh 40c444e 20622ic ggikoki c44444e
+    00qllll 00uhhhh 00ehhhe 0uhhugg 0fhhf11 00moggg 00fge1u 88u8886 00hhhhf 00hhha4 00lllla 00ha4ah
+    0hhhf1e 00v248v ehjlphe 4c4444e eh1248v eh161he 26aiv22 vgu11he 68guhhe v124488 ehhehhe ehhf12c
+    00000cc 0000000""".split()))
+
+def write_texts(texts, width, color):
+    """N texts in small letters, wrapped -> pictures uint8 (N,9*lines,width,3), of as many lines as
+    the longest takes. A letter that FONT lacks is a box."""
+    wrapped = [textwrap.wrap(text.lower(), width // 6) for text in texts]
+    pictures = np.zeros((len(texts), 9 * max(map(len, wrapped)), width, 3), np.uint8)
+    for picture, lines in zip(pictures, wrapped):
+        for y, line in enumerate(lines):
+            for x, letter in enumerate(line):
+                rows = np.array([int(row, 32) for row in FONT.get(letter, "vhhhhhv")])  # (7,)
+                ink = rows[:, None] >> np.arange(5)[::-1] & 1  # (7,5)
+                picture[9 * y + 1 :, 6 * x + 1 :][:7, :5] = ink[..., None] * color
+    return pictures
 
 def encode_picture(image, suffix=".ppm"):
     """uint8 (H,W,3) -> a file's bytes: a binary PPM, or a PNG for any other suffix."""
@@ -1825,28 +1910,38 @@ def read_pictures(path):
             raise InputError(f"want uint8 (N,H,W,3), found {images.dtype} {images.shape}")
         return images
 
-def picture_grid(images, scale=2, together=1, columns=0):
-    """uint8 (N,H,W,3) -> one picture on grey, each enlarged `scale` times, of so many columns or
-    about square. together: so many neighbours, the samples of one prompt, are not torn apart."""
+def picture_grid(images, captions=(), truths=(), scale=0, together=1, columns=0):
+    """uint8 (N,H,W,3) -> one picture on grey, each enlarged `scale` times (0: to about 112 pixels),
+    of so many columns or about square. captions, truths: N texts to go below, white and green.
+    together: so many neighbours, the samples of one prompt, are not torn apart."""
+    scale = scale or max(1, 112 // images.shape[2])
+    tiles = images.repeat(scale, 1).repeat(scale, 2)  # (N,h,w,3)
+    for texts, color in (captions, np.full(3, 255)), (truths, np.array([0, 255, 0])):
+        if len(texts):
+            tiles = np.concatenate([tiles, write_texts(texts, tiles.shape[2], color)], 1)
     columns = columns or together * math.ceil(len(images) ** 0.5 / together)
     margins = (0, -len(images) % columns), (1, 1), (1, 1), (0, 0)  # the first fills the last row up
-    tiles = np.pad(images.repeat(scale, 1).repeat(scale, 2), margins, constant_values=128)
+    tiles = np.pad(tiles, margins, constant_values=128)
     tiles = tiles.reshape(-1, columns, *tiles.shape[1:])  # (rows,columns,h,w,3)
     return np.concatenate(np.concatenate(tiles, 1), 1)  # (columns,rows*h,w,3), then one picture
 
 def sample_paths(prefix):
-    """--out PREFIX -> PREFIX.ppm (PREFIX itself, if it ends in .png), PREFIX.npy, PREFIX.txt."""
+    """--out PREFIX -> PREFIX.ppm (PREFIX itself, if it ends in .png), PREFIX.npy, PREFIX.txt.
+    Raises InputError for a directory."""
+    if str(prefix).endswith(("/", os.sep)):
+        raise InputError(f"{prefix} is a directory, want the beginning of the files' names")
     grid = Path(prefix)
     if grid.suffix not in (".png", ".ppm"):
         grid = Path(f"{prefix}.ppm")
     return grid, grid.with_suffix(".npy"), grid.with_suffix(".txt")
 
-def save_samples(prefix, images, captions, together=1):
+def save_samples(prefix, images, captions, together=1, truths=()):
     """Write a picture_grid, the pictures uint8 (N,H,W,3) and a caption a line to sample_paths.
     Returns the grid's path."""
     buffer, (grid, pictures, texts) = io.BytesIO(), sample_paths(prefix)
     np.save(buffer, images)
-    atomic_write(grid, encode_picture(picture_grid(images, together=together), grid.suffix))
+    tiles = picture_grid(images, captions, truths, together=together)
+    atomic_write(grid, encode_picture(tiles, grid.suffix))
     atomic_write(pictures, buffer.getvalue())
     atomic_write(texts, "\n".join([*captions, ""]).encode())
     return grid
@@ -1855,7 +1950,7 @@ def show_in_terminal(images):
     """Draw pictures uint8 (N,H,W,3) side by side. A character is two pixels: an upper half block,
     its ink in the colour of the upper pixel, its ground in that of the lower."""
     columns = shutil.get_terminal_size().columns // (images.shape[2] + 2)
-    grid = picture_grid(images, 1, columns=columns)
+    grid = picture_grid(images, scale=1, columns=columns)
     block = "\x1b[38;2;%d;%d;%dm\x1b[48;2;%d;%d;%dm▀"  # sets ink, then ground; red, green, blue
     for line in np.dstack([grid[::2], grid[1::2]]):  # (width,6)
         print(block * len(line) % tuple(line.flatten()) + "\x1b[0m")
@@ -1950,13 +2045,37 @@ class Run:
         table = csv.DictWriter(text, dict.fromkeys(itertools.chain(*rows)), lineterminator="\n")
         table.writeheader()
         table.writerows(rows)
-        atomic_write(self.folder / "results/training_curves.csv", text.getvalue().encode())
-        atomic_write(self.folder / "results/training_curves.ppm", encode_picture(draw_curves(rows)))
+        with optional():
+            table, picture = text.getvalue().encode(), encode_picture(draw_curves(rows))
+            atomic_write(self.folder / "results/training_curves.csv", table)
+            atomic_write(self.folder / "results/training_curves.ppm", picture)
+
+    def rehearse(self, phases, cfg, data, device):
+        """A few steps of each phase, on few data -> the seconds that all steps of each will take.
+        What cannot work fails now, rather than in the last phase."""
+        few, seconds = Data(*(part[: 2 * cfg.batch_size] for part in vars(data).values())), []
+        cfg, plan = cfg.but(lambda_warmup=0.0), []  # with the transformer from the first step on
+        models = load_models(self.folder, device, phases[0], any_codes=True)
+        for phase in phases:
+            models, trainer, (batches, *_) = prepare_phase(phase, cfg, few, models, device)
+            for step in range(5):
+                if step == 2:  # the first ones are slower
+                    started = time.monotonic()
+                trainer.train_step(batches[step])
+            rows = len(data.vqvae_train if phase == "vqvae" else data.train_images)
+            steps = math.prod(phase_length(phase, cfg, rows))
+            seconds.append(steps * (time.monotonic() - started) / 3)
+            plan.append(f"{phase} {steps} steps")
+        log(f"to do: {', '.join(plan)}, about {sum(seconds) / 60:.0f} min on {device}, "
+            f"{torch.get_num_threads()} threads, {'bf16' if trainer.bf16 else 'float32'}")
+        return seconds
 
     def train(self, cfg, data, device, compiled=False):
         """Train the phases that are not done yet.
         cfg, data: as for Run. compiled: by torch.compile, where that works."""
-        for phase in self.phases[self.state["done"] :]:
+        phases = self.phases[self.state["done"] :]
+        seconds = self.rehearse(phases, cfg, data, device) if phases else []
+        for i, phase in enumerate(phases):
             # A kill while both models were written can leave a pair that does not fit. The state of
             # the trainer, written before, then replaces both
             models = load_models(self.folder, device, phase, bool(self.state["trainer"]))
@@ -1964,13 +2083,8 @@ class Run:
             models, trainer, loaders = prepare_phase(phase, cfg, data, models, device)
             self.restore(trainer)
             if compiled:
-                try:
-                    torch.compile(abs)(torch.zeros(1))  # fails here if there is no compiler
-                    for module in trainer.modules.values():
-                        module.compile()
-                except Exception as error:  # every backend fails in its own way
-                    log(f"--compile: not here ({type(error).__name__}); going on without")
-            trainer.train(*loaders, self.on_step, self.on_pass)
+                trainer.compile(next(iter(loaders[1])))
+            trainer.train(*loaders, self.on_step, self.on_pass, sum(seconds[i + 1 :]))
             # Files first, then the state that counts on them: a kill in between costs some steps
             if phase != "igpt":
                 report_codebook(models.vqvae, data.vqvae_test, self.folder)
@@ -1981,26 +2095,44 @@ class Run:
             wait_for_all()  # the first process has written what all of them read next
 
 def draw_curves(rows):
-    """The rows of the curves' table -> uint8 (500,24*passes,3). Test loss in red, training loss in
-    green (yellow where they meet) and, to tell the phases apart, the learning rate in blue, from 10
-    at the top to 0.0001 at the bottom: 100 pixels for each power of ten."""
+    """The rows of the curves' table -> uint8 (H,W,3). Test loss in red, training loss in green
+    (yellow where they meet) and, to tell the phases apart, the learning rate in blue, all on one
+    scale: 100 pixels for each power of ten."""
     curves = np.array([[row["test_loss"], row["train_loss"], row["lr"]] for row in rows])
     # (500,passes,3): each curve is a colour channel
     picture = np.isclose(np.logspace(1, -4, 500)[:, None, None], curves, rtol=0.04)
-    return picture.repeat(24, 1) * np.uint8(255)
+    picture = picture.repeat(24, 1) * np.uint8(255)
+    scale = write_texts(["10", "1", "0.1", "0.01", "0.001"], 36, np.full(3, 255))  # (5,9,36,3)
+    scale = np.pad(scale, ((0, 0), (0, 91), (0, 0), (0, 0))).reshape(500, 36, 3)
+    picture = np.concatenate([scale, picture], 1)  # (500,W,3)
+    names = zip(("test loss", "training loss", "rate"), np.eye(3, dtype=int) * 255)
+    legend = [write_texts([name], picture.shape[1], color)[0] for name, color in names]
+    return np.concatenate([*legend, picture])
+
+def code_maps(vqvae, tokens):
+    """Tokens (M,N) -> pictures uint8 (M,H,W,3) of them, a colour a code. The three directions in
+    which codes differ most are red, green and blue: codes alike have colours alike."""
+    codes = vqvae.codebook.weight.detach().cpu()
+    codes = F.pad(codes - codes.mean(0), (0, 1))  # (K,D+1): three directions, even if D is 2
+    colors = codes @ torch.linalg.svd(codes).Vh[:3].mT  # (K,3)
+    colors = (128 + 64 * colors / (colors.std() + 1e-9)).clamp(0, 255).byte()
+    return colors[tokens].unflatten(1, vqvae.grid).numpy().repeat(4, 1).repeat(4, 2)
 
 def report_codebook(vqvae, images, folder):
     """After a phase that trained the VQ-VAE: is it good enough to go on? Over the whole test set;
-    32 originals, each with its reconstruction at its right, go to results/reconstructions.ppm."""
+    32 originals, each with reconstruction and code map at its right, go to
+    results/reconstructions.ppm."""
     tokens = extract_tokens(vqvae, images)  # (M,N)
     mse, psnr, used, perplexity = measure_reconstruction(vqvae, images, tokens).values()
     log(f"VQ-VAE over {len(images)} test pictures: recon MSE {mse:.4f} (PSNR {psnr:.1f} dB), "
         f"{used:.0%} of the codes used, perplexity {perplexity:.1f}")
     if used < 0.05 or perplexity < 4:
         log("warning: the codebook collapsed: lower --vqvae-lr or --lambda-xent, or raise --beta")
-    again = decode_pictures(vqvae, tokens[:32])  # (32,H,W,3)
-    grid = picture_grid(np.concatenate(list(zip(images, again))), together=2)
-    atomic_write(folder / "results/reconstructions.ppm", encode_picture(grid))
+    few = tokens[:32]
+    triples = np.stack([images[:32], decode_pictures(vqvae, few), code_maps(vqvae, few)], 1)
+    grid = picture_grid(triples.reshape(-1, *images.shape[1:]), together=3)
+    with optional():
+        atomic_write(folder / "results/reconstructions.ppm", encode_picture(grid))
 
 def check_size(models, images):
     """Raises InputError unless pictures uint8 (M,H,W,3) are as large as the VQ-VAE's, if any."""
@@ -2028,6 +2160,11 @@ SAMPLE_NAMES = dict(text="text_conditioned_samples", image="image_conditioned_sa
 # What cannot be meant in a mode of `sample`
 SENSELESS = dict(text="image complete", image="prompt prompts",
                  unconditional="prompt prompts image complete best_of")
+
+HINTS = """
+    python mmgen.py sample --run {0} --mode text --show
+    python mmgen.py sample --run {0} --mode image --image PICTURES.npy
+    python mmgen.py eval --run {0}"""
 
 class Options(Settings):
     """The flags of all commands beside those of Config and SamplingConfig."""
@@ -2095,10 +2232,14 @@ def build_parser():
         p = commands.add_parser(command, help=function.__doc__, description=function.__doc__,
                                 argument_default=argparse.SUPPRESS, allow_abbrev=False)
         fields = {name: Options.fields[name] for name in names.split()} | more.fields
+        groups = {"": p}
         for name, field in fields.items():
+            if field.group not in groups:
+                groups[field.group] = p.add_argument_group(field.group)
             flag = "-n" if name == "n" else "--" + name.replace("_", "-")
             text = f"{field.text} ({' / '.join(map(repr, field.presets.values()))}; {field.limits})"
-            p.add_argument(flag, help=text, **ACTIONS.get(type(field.default), {"type": parse}))
+            how = ACTIONS.get(type(field.default), {"type": parse})
+            groups[field.group].add_argument(flag, help=text, **how)
     return parser
 
 def command_data(options, _):
@@ -2120,7 +2261,7 @@ def command_train(options, flags):
         log(f"preset {preset} (device {device.type})")
     cfg = Config.preset(preset, **flags)
     if dist.is_torchelastic_launched():  # by torchrun, as one of several processes
-        dist.init_process_group(dist.get_default_backend_for_device(device))
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     # Only the default directory is filled: any other that holds nothing may be a typing error
     found = any(Path(options.data, name).exists() for name in SOURCES)
     if options.data == Options.data and not found:
@@ -2139,9 +2280,11 @@ def command_train(options, flags):
         run.train(cfg, data, device, options.compile)
         if options.phase != "vqvae":  # a first look at what the models have learned
             for mode in SAMPLE_NAMES if cfg.predictor == "causal" else ["text"]:
-                command_sample(options.but(mode=mode), {}, data)
+                with optional():
+                    command_sample(options.but(mode=mode), {}, data)
         run.save(complete=True)
-    log(f"trained {options.phase} in {time.monotonic() - started:.0f} s")
+    log(f"trained {options.phase} in {time.monotonic() - started:.0f} s; the pictures are in "
+        f"{Path(options.run, 'results')}. What to try next:{HINTS.format(options.run)}")
 
 def make_samples(options, models, how, prompts):
     """What `sample` writes: pictures uint8 (M,H,W,3) and M captions. prompts: captions for mode
@@ -2201,7 +2344,7 @@ def finish_caption(models, caption, how):
 def command_sample(options, flags, data=None):
     """Sample pictures, captions or pairs."""
     # data: command_train has them at hand already
-    mode, how, prompts = options.mode, SamplingConfig(**flags), options.prompt
+    mode, how, prompts, truths = options.mode, SamplingConfig(**flags), options.prompt, []
     for name in SENSELESS[mode].split():
         if getattr(options, name) != getattr(Options, name):
             raise InputError(f"{name} does not belong to mode {mode}")
@@ -2219,11 +2362,18 @@ def command_sample(options, flags, data=None):
         prompts = read_pictures(options.image)
     elif not prompts and mode != "unconditional":  # nothing given: the first of the test pairs
         data = data or options.read_data(mode == "text")
-        prompts = (data.test_captions if mode == "text" else data.test_images)[:9]
+        prompts, truths = data.test_captions[:9], []
+        if mode == "image":
+            prompts, truths = data.test_images[:9], prompts
     if mode == "image":
         check_size(models, prompts)
     images, captions = make_samples(options, models, how, prompts)
-    path = save_samples(out, images, captions, 1 if mode == "unconditional" else options.n or 1)
+    n = options.n or 1
+    if options.complete:  # then what the picture shows is the model's choice
+        truths = []
+    truths = np.repeat(truths, n).tolist()
+    wrong = [truth * (truth != caption) for truth, caption in zip(truths, captions)]
+    path = save_samples(out, images, captions, 1 if mode == "unconditional" else n, wrong)
     print("\n".join(captions))
     if options.show:
         show_in_terminal(images)
@@ -2232,8 +2382,9 @@ def command_sample(options, flags, data=None):
 def read_captions(path):
     """A text file -> its lines that are not blank. Raises InputError if there are none."""
     with reading(path, "text file"):
-        # -sig: some editors begin a text with a mark
-        captions = list(filter(str.strip, Path(path).read_text("utf-8-sig").splitlines()))
+        raw = Path(path).read_bytes()  # some editors begin a text with a mark that tells the code
+        text = raw.decode("utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+        captions = list(filter(str.strip, text.splitlines()))
         if not captions:
             raise InputError("holds no caption")
         return captions
@@ -2263,13 +2414,15 @@ def command_eval(options, flags):
     figures = evaluate(models, data.test_images, data.test_captions, how, options.seed)
     if options.json:
         return print(json.dumps(figures))
+    meaning = dict(re.findall(r"^ +(\w+): (.+)", evaluate.__doc__, re.M))
     for name, value in figures.items():
-        print(f"{name:24}{value:10.4f}")
+        print(f"{name:22}{value:9.4f}  {meaning[name]}")
 
 PLACE = "data run device value_range"
 COMMANDS = {  # name: function, names of its Options, class of its other flags
     "data": (command_data, "data train test size seed", Settings),
-    "train": (command_train, f"phase preset resume overwrite compile {PLACE}", Config),
+    "train": (command_train, "phase preset data run resume overwrite compile device value_range",
+              Config),
     "sample": (command_sample, "mode n prompt prompts image out complete best_of show seed "
                + PLACE, SamplingConfig),
     "score": (command_score, f"prompts image {PLACE}", Settings),
@@ -2281,12 +2434,14 @@ def main(argv):
     What the user gave, and what the machine lacks, can be wrong in many ways, and each is said in
     one line. Any other error is one of this file and keeps its traceback."""
     try:
+        if torch.__version__ < "2.5":
+            raise InputError(f"this is torch {torch.__version__}, and mmgen needs 2.5 or newer")
         flags = vars(build_parser().parse_args(argv or ["--help"]))
         function, names, _ = COMMANDS[flags.pop("command")]
         options = Options(**{name: flags.pop(name) for name in names.split() if name in flags})
         function(options, flags)
         return 0
-    except (InputError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+    except (InputError, OSError, MemoryError, torch.cuda.OutOfMemoryError) as error:
         text = " ".join((str(error) or repr(error)).split())  # it may have several lines
         print(f"mmgen: error: {text}\n", end="", file=sys.stderr)  # written in one piece
         return 2
@@ -2297,4 +2452,6 @@ def main(argv):
             dist.destroy_process_group()
 
 if __name__ == "__main__":
+    for stream in sys.stdout, sys.stderr:
+        stream.reconfigure(errors="replace")  # not every terminal can show every letter
     sys.exit(main(sys.argv[1:]))
