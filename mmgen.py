@@ -1863,9 +1863,9 @@ def load_igpt(path, vqvae, device="cpu", any_codes=False):
 
 # Letters of 5 x 7 pixels, one word each. A digit in base 32 is a row: its five bits are the pixels
 FONT = dict(zip("abcdefghijklmnopqrstuvwxyz0123456789. ", """
-    00e1fhf gguhhhu 00fgggf 11fhhhf 00ehvge 68s8888 0fhhf1e gguhhhh 40c444e 20622ic ggikoki c44444e
-    00qllll 00uhhhh 00ehhhe 0uhhugg 0fhhf11 00moggg 00fge1u 88u8886 00hhhhf 00hhha4 00lllla 00ha4ah
-    0hhhf1e 00v248v ehjlphe 4c4444e eh1248v eh161he 26aiv22 vgu11he 68guhhe v124488 ehhehhe ehhf12c
+    00e1fhf gguhhhu 00fgggf 11fhhhf 00ehvge 68s8888 00fhf1u gguhhhh 40c444e 20622ic ggikoki c44444e
+    00qllll 00uhhhh 00ehhhe 00uhugg 00fhf11 00moggg 00fge1u 88u8886 00hhhhf 00hhha4 00lllla 00ha4ah
+    00hhf1u 00v248v ehjlphe 4c4444e eh1248v eh161he 26aiv22 vgu11he 68guhhe v124488 ehhehhe ehhf12c
     00000cc 0000000""".split()))
 
 def write_texts(texts, width, color):
@@ -2001,7 +2001,7 @@ class Run:
         try:
             if fcntl and not processes()[0]:
                 fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        except (BlockingIOError, PermissionError):
             raise InputError(f"another training is at work in {folder}")
         except OSError as error:  # not every file system has locks
             log(f"warning: {folder} cannot be locked ({error.strerror})")

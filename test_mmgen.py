@@ -1,6 +1,7 @@
 """Tests of mmgen.py: `make test`. Everything is tiny; nothing is downloaded."""
 
 import codecs
+import collections
 import colorsys
 import contextlib
 import copy
@@ -226,6 +227,7 @@ BAD_PAIRS = {
     "test texts: caption 2 is None": [pairs(test_texts=[*CAPTIONS[:2], None, 3.5])],
     "training texts: caption 0 is ''": [pairs(texts=[""] * 4)],
     "test texts: caption 0 is ' '": [pairs(test_texts=[" "] * 4)],
+    r"training texts: caption 1 is 'red \ud800'": [pairs(texts=["red", "red \ud800"] * 2)],
 }
 BAD_PICTURES = {
     "dict with 'train' and 'test'": [{}, [U8, U8], {"train": U8}],
@@ -251,6 +253,16 @@ def test_a_drawn_set_of_floats_is_refused(tmp_path):
     write_pairs(tmp_path, arrays | {"train_images": arrays["train_images"] / 255})
     with pytest.raises(InputError, match="does not fit 8bit"):
         mmgen.load_data(tmp_path)
+
+def test_pickles_and_arrays_of_other_kinds(tmp_path):
+    """A memmap, an OrderedDict; arrays in drawn.npz that nobody needs."""
+    memmap = np.memmap(tmp_path / "raw", np.uint8, "w+", shape=(6, 8, 8, 3))
+    content = collections.OrderedDict(train=memmap, test=memmap[::3])
+    (tmp_path / PICTURES_FILE).write_bytes(pickle.dumps(content))
+    assert mmgen.load_data(tmp_path).vqvae_test.shape == (2, 8, 8, 3)
+    (tmp_path / PICTURES_FILE).unlink()
+    write_pairs(tmp_path, drawn(4, 2) | {"more": np.array([None], object)})
+    assert len(mmgen.load_data(tmp_path).test_captions) == 2
 
 class Evil:
     def __reduce__(self):
@@ -291,10 +303,11 @@ def idx(array):
     header = struct.pack(f">{1 + array.ndim}I", 0x800 + array.ndim, *array.shape)
     return header + array.astype(np.uint8).tobytes()
 
-@pytest.mark.parametrize("place", ["{}", "{}.gz", "raw/{0}/{0}"])
-def test_raw_mnist_as_people_have_it(tmp_path, place):
-    """Plain, gzipped, or in folders named as the files in them, gzipped under plain names."""
-    rng, pack = np.random.default_rng(0), bytes if place == "{}" else gzip.compress
+@pytest.mark.parametrize("place,pack", [("{}", bytes), ("{}.gz", gzip.compress),
+                                        ("{}.gz", bytes), ("raw/{0}/{0}", gzip.compress)])
+def test_raw_mnist_as_people_have_it(tmp_path, place, pack):
+    """In folders named as the files in them; gzipped or not, whatever the name says."""
+    rng = np.random.default_rng(0)
     for prefix, n in (("train", 12), ("t10k", 6)):
         labels = rng.integers(0, 10, n)
         for kind, array in (("images-idx3", rng.integers(0, 256, (n, 28, 28))),
@@ -944,6 +957,16 @@ def test_part_one_is_complete():
         assert len(tokens) == len(captions) == 3
     del sys.modules["part_one"]
 
+def test_arrays_need_not_be_contiguous():
+    vqvae, tokenizer, _ = small_models()
+    images = drawn(6, 1)["train_images"]
+    tokens = mmgen.extract_tokens(vqvae, images)
+    for part in slice(None, None, -1), slice(None, None, 3):
+        rows = torch.arange(6).numpy()[part].tolist()
+        assert torch.equal(mmgen.extract_tokens(vqvae, images[part]), tokens[rows])
+        assert len(create_dataset(images[part], TEXTS[:1] * len(rows), vqvae, tokenizer)[0])
+        assert mmgen.picture_batches(images[part], 2)[0].shape == (2, 3, 28, 28)
+
 def test_numbers_of_numpy_become_pythons():
     cfg = Config(vqvae_lr=np.float64(1e-3), vqvae_K=np.int64(64), dropout=0)
     assert [type(v) for v in (cfg.vqvae_lr, cfg.vqvae_K, cfg.dropout)] == [float, int, float]
@@ -1014,9 +1037,11 @@ def test_a_gradient_that_is_not_finite_leaves_the_weights_alone():
         trainer.train_step(torch.rand(2, 3, 28, 28))
     assert torch.equal(vqvae.encoder[0].weight, before)
 
-def test_the_loop_takes_the_loaders_of_torch():
+@pytest.mark.parametrize("labels", [(), (torch.arange(4),)])
+def test_the_loop_takes_the_loaders_of_torch(labels):
+    """Of pictures, or of tuples that begin with them."""
     vqvae, _, _ = small_models()
-    pictures = [torch.rand(3, 28, 28) for _ in range(4)]
+    pictures = torch.utils.data.TensorDataset(torch.rand(4, 3, 28, 28), *labels)
     loader = torch.utils.data.DataLoader(pictures, 2, shuffle=True)
     trainer = VQVAETrainer(vqvae, torch.optim.Adam(vqvae.parameters()), "cpu")
     losses, _ = trainer.train(loader, loader, num_epochs=2)
@@ -1087,6 +1112,7 @@ def test_bad_images(trained, tmp_path, message, contents):
     ("sample --prompts {tmp}", "directory"),
     ("sample --prompts {tmp}/empty", "holds no caption"),
     ("sample --prompts {tmp}/binary", "no readable text file"),
+    ("sample --out {tmp}/", "is a directory"),
     ("sample --image {tmp}/two.npy", "image"),
     ("sample --complete 3", "complete"),
     ("sample --mode image --complete 7", "7 rows"),
@@ -1125,6 +1151,32 @@ def test_without_a_command_the_help_is_printed():
     result = works()
     assert "train" in result.stdout and not result.stderr
 
+def test_the_help_begins_with_what_matters_and_is_grouped(capsys):
+    with pytest.raises(SystemExit):
+        mmgen.build_parser().parse_args(["train", "--help"])
+    text = capsys.readouterr().out
+    _, options, *groups = re.split(r"\n\n(?=\S.*:\n)", text)
+    flags = re.findall(r"^  (--\w+)", options, re.M)
+    assert flags[:5] == ["--phase", "--preset", "--data", "--run", "--resume"]
+    assert [group.split(":")[0] for group in groups] == ["VQ-VAE", "iGPT", "joint training",
+                                                         "general"]
+    assert "--igpt-lr" in groups[1] and "--seed" in groups[3]
+
+def test_a_training_says_what_it_will_do_and_what_to_try_next(tmp_path, data_dir):
+    lines = works(*training("multi", data_dir, tmp_path, steps=20)).stderr.splitlines()
+    plan = [line for line in lines if line.startswith("to do: ")]
+    assert plan == ["to do: vqvae 20 steps, igpt 20 steps, finetune 20 steps, about 0 min on cpu, "
+                    "1 threads, float32"]
+    assert sum(f"mmgen.py sample --run {tmp_path}" in line for line in lines) == 2
+    assert lines[-1].endswith(f"mmgen.py eval --run {tmp_path}")
+
+def test_time_left_is_that_of_the_whole_run(capsys, monkeypatch):
+    clock = iter(range(0, 1000, 10))
+    monkeypatch.setattr(mmgen.time, "monotonic", lambda: next(clock))
+    assert list(mmgen.track(range(3), "steps", later=600)) == [0, 1, 2]
+    # After item 1 and two looks at the clock: 2 items to come, of 20 seconds each
+    assert "10:40 left" in capsys.readouterr().err
+
 def test_importing_does_nothing():
     result = separately("-c", "import torch; before = torch.get_rng_state(); import mmgen; "
                         "assert (before == torch.get_rng_state()).all()")
@@ -1147,10 +1199,64 @@ def test_sample_text(trained, data_dir, tmp_path):
         images = np.zeros((9 * n, 4, 4, 3), np.uint8)
         assert mmgen.picture_grid(images, together=n).shape == (size[0] * 10, size[1] * 10, 3)
 
+@pytest.mark.parametrize("code", ["utf-8-sig", "utf-16"])
+def test_prompts_of_windows_editors(trained, tmp_path, code):
+    (tmp_path / "p.txt").write_text(TEXTS[0], code)
+    args = ["--run", trained, "--out", tmp_path / "a"]
+    works("sample", "--prompts", tmp_path / "p.txt", *args)
+    assert (tmp_path / "a.txt").read_text().splitlines() == TEXTS[:1]
+
+def test_an_output_that_cannot_show_all_letters(trained, tmp_path):
+    result = separately(MMGEN, "sample", "--mode", "unconditional", "--run", trained, "--show",
+                        "--out", tmp_path / "a", PYTHONIOENCODING="cp1252")
+    assert result.returncode == 0 and "?" in result.stdout
+
+def test_a_caption_of_unusual_length_is_drawn_with_a_warning(trained, tmp_path):
+    args = ["sample", "--run", trained, "--out", tmp_path / "a", "--prompt"]
+    warning = "warning: 'red seven' is no caption of 6 words"
+    assert warning in works(*args, "red seven").stderr
+    assert (tmp_path / "a.txt").read_text() == "red seven\n"
+    assert "warning" not in works(*args, TEXTS[0]).stderr
+
+def test_letters():
+    """As many shapes as letters; texts are wrapped, and one that has no letter here is a box."""
+    shapes = {mmgen.write_texts([letter], 6, 1).tobytes() for letter in mmgen.FONT}
+    assert len(shapes) == len(mmgen.FONT) == 38
+    texts = mmgen.write_texts(["one two", "1", ""], 6 * 4, np.full(3, 255))
+    assert texts.shape == (3, 18, 24, 3)
+    assert [bool(text.any()) for text in texts] == [True, True, False]
+    one = mmgen.write_texts(["one"], 24, np.full(3, 255))
+    assert (texts[0, :9] == one[0]).all()
+    assert (mmgen.write_texts(["é"], 6, np.full(3, 255)) > 0).sum() == 3 * 20
+
+def test_grids_carry_captions_and_true_ones_where_they_differ(trained, data_dir, tmp_path):
+    images = np.zeros((2, 28, 28, 3), np.uint8)
+    grid = mmgen.picture_grid(images, ["red one", "red two"], ["", "blue two"])
+    green = (grid == [0, 255, 0]).all(2)
+    assert grid.shape == (2 + 4 * 28 + 18, 2 * (2 + 4 * 28), 3)
+    assert not green[:, :114].any() and green[-10:, 114:].any()
+    data = mmgen.load_data(data_dir)
+    works("sample", "--mode", "image", "--run", trained, "--data", data_dir, "--greedy",
+          "--out", tmp_path / "a")
+    captions = (tmp_path / "a.txt").read_text().splitlines()
+    differ = captions != data.test_captions[:9]
+    assert (b"\0\xff\0" * 3 in (tmp_path / "a.ppm").read_bytes()) == differ
+
+def test_code_maps_show_codes_alike_in_colours_alike():
+    vqvae = VQVAE(8, 16, 2)
+    vqvae.codebook.weight.data = torch.arange(16.0)[:, None].expand(16, 2)
+    maps = mmgen.code_maps(vqvae, torch.arange(49)[None] % 16)  # (1,28,28,3)
+    colors = maps[0, ::4, ::4].reshape(49, 3)[:16].astype(int)
+    steps = np.abs(np.diff(colors, axis=0)).sum(1)
+    assert maps.shape == (1, 28, 28, 3) and len(np.unique(colors, axis=0)) > 10
+    assert steps.max() < np.abs(colors[0] - colors[-1]).sum() / 8
+    assert (maps[0, :4, :4] == maps[0, 0, 0]).all()
+
 def test_sample_image_from_npy_and_ppm(trained, data_dir, tmp_path):
     image = mmgen.load_data(data_dir).test_images[0]
     np.save(tmp_path / "x.npy", image)
-    (tmp_path / "x.ppm").write_bytes(b"P6\n# a comment\n28 28\n255\n" + image.tobytes())
+    (tmp_path / "x.ppm").write_bytes(
+        b"P6\n# a comment\n28 28\n255\n" + image.tobytes() + b"\n")
     texts = []
     for name in ("x.npy", "x.ppm"):
         works("sample", "--mode", "image", "--run", trained, "--image", tmp_path / name,
@@ -1217,7 +1323,9 @@ def test_eval_as_json_and_as_a_table(trained, data_dir):
     figures = json.loads(works(*args, "--json").stdout)
     assert figures["recon_psnr"] == pytest.approx(10 * np.log10(4 / figures["recon_mse"]))
     assert 0 <= figures["caption_exact"] <= figures["caption_slot_accuracy"] <= 1
-    table = dict(line.split()[:2] for line in works(*args).stdout.splitlines())
+    lines = works(*args).stdout.splitlines()
+    assert all(re.match(r"\w+ +\S+  [+-] \w+", line) for line in lines)
+    table = dict(line.split()[:2] for line in lines)
     assert {name: float(text) for name, text in table.items()} == pytest.approx(figures, abs=1e-4)
 
 def test_a_32_pixel_run(tmp_path):
@@ -1369,6 +1477,46 @@ def test_without_file_locks_training_goes_on(tmp_path, data_dir, monkeypatch):
     result = works(*training("vqvae", data_dir, tmp_path, steps=2))
     assert result.stderr.count("cannot be locked") == 1
 
+def test_files_that_cannot_be_replaced_for_a_while(tmp_path, data_dir, monkeypatch):
+    """As on systems where an open file is not replaced: curves and pictures can be missing, and
+    checkpoints are tried again."""
+    replace, waited = Path.replace, []
+
+    def held(self, target):
+        if "results" in str(target) or len(waited) % 3 < 2:
+            raise PermissionError(errno.EACCES, "held by another program", str(target))
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", held)
+    monkeypatch.setattr(mmgen.time, "sleep", waited.append)
+    result = works(*training("multi", data_dir, tmp_path, steps=2))
+    assert waited and "warning: [Errno 13] held" in result.stderr
+    mmgen.load_models(tmp_path, CPU)
+    assert not list(tmp_path.rglob("results/*"))
+    monkeypatch.setattr(mmgen.time, "sleep", lambda seconds: None)
+    assert "held" in refused("sample", "--run", tmp_path, "--data", data_dir)
+
+def test_an_older_torch_is_refused_at_once(monkeypatch):
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.4.1"))
+    assert "2.4.1" in refused("train")
+
+@pytest.mark.parametrize("at", ["start", "first pass"])
+def test_training_goes_on_where_models_cannot_be_compiled(tmp_path, data_dir, monkeypatch, at):
+    def fail(*_):
+        raise RuntimeError("no compiler")
+
+    def compile_(function, disable=False):
+        if disable:
+            return function
+        return fail() if at == "start" else fail
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    for name, flags in ("a", ["--compile"]), ("b", []):
+        result = works(*training("single", data_dir, tmp_path / name, *flags, steps=6))
+        assert ("not compiled" in result.stderr) == bool(flags)
+    a, b = (curves(tmp_path / name) for name in "ab")
+    assert a == b
+
 def test_training_in_a_worker_thread(tmp_path, data_dir):
     """Signal handlers can be set in the main thread only."""
     args, status = training("vqvae", data_dir, tmp_path, steps=2), []
@@ -1446,8 +1594,10 @@ def test_a_damaged_state_is_refused(tmp_path, data_dir):
 @pytest.mark.parametrize("kind", [VQVAE, FactoredVQVAE])
 @pytest.mark.parametrize("linked", [True, False])
 def test_models_built_by_hand_are_saved(tmp_path, kind, linked):
-    vqvae, tokenizer = kind(16, 32, 16).eval(), Tokenizer(TEXTS, 32)
-    igpt = iGPT(tokenizer.vocab_size, 58, 32, 2, 2,
+    # NumPy's numbers are as good as Python's
+    vqvae = kind(np.int64(16), 32, 16, tuple(np.array([28, 28])), restart=np.int32(9)).eval()
+    tokenizer = Tokenizer(np.array(TEXTS), 32)
+    igpt = iGPT(np.int64(tokenizer.vocab_size), 58, 32, 2, np.int64(2), np.float32(0.5),
                 codebook=vqvae.codebook.weight if linked else None).eval()
     wrapped = types.SimpleNamespace(_orig_mod=vqvae)  # as torch.compile wraps a model
     mmgen.save_vqvae(tmp_path / "v.pth", wrapped)
