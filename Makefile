@@ -5,7 +5,6 @@ RUN := $(VENV)/bin/python mmgen.py
 
 train: $(VENV)/installed
 	$(RUN) train --phase multi --resume
-	$(RUN) sample --mode text --show
 
 test: $(VENV)/installed
 	$(VENV)/bin/python -m pytest -q test_mmgen.py

@@ -770,10 +770,8 @@ def vqvae_loss(vqvae, x, cfg):
     loss = compute_loss(x, recon_x, z_e, z_q, cfg.beta, cfg.extremes)
     return {"loss": loss, "recon_mse": F.mse_loss(recon_x, x)}, z_e
 
-def next_token_nll(logits, sequences):
-    """Logits (B,T-1,V) of a model that was fed sequences[:, :-1] -> nats that each of the targets
-    sequences[:, 1:] costs, (B,T-1)."""
-    targets = sequences[:, 1:]
+def next_token_nll(logits, targets):
+    """Logits (B,T,V) -> nats that each of the targets (B,T) costs, (B,T)."""
     nll = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
     return nll.view_as(targets)
 
@@ -789,18 +787,16 @@ def igpt_loss(igpt, rows, cfg):
     weight = torch.where(captioning, cfg.caption_weight, 1.0)
     weight = weight.masked_fill((inputs == eot) & (targets == eot), 0)
     logits = igpt(with_noise(igpt, inputs, cfg.noise))
-    return (next_token_nll(logits, rows) * weight).sum() / weight.sum(), logits
+    return (next_token_nll(logits, targets) * weight).sum() / weight.sum(), logits
 
 def with_noise(igpt, inputs, most):
     """Inputs (B,T-1) -> in training the same, but of each row's picture tokens a share, drawn from
     0 to `most`, are codes from elsewhere in the batch: a model that draws reads its own errors, and
     should rather heed the caption. An iGPT without a codebook cannot tell codes: no noise."""
-    if not most or not igpt.training:
+    if not (most and igpt.training and igpt.n_codes):
         return inputs
     is_code = inputs < igpt.n_codes  # (B,T-1)
     codes = inputs[is_code]
-    if not len(codes):
-        return inputs
     share = most * torch.rand(len(inputs), 1, device=inputs.device)
     replace = is_code & (torch.rand_like(inputs, dtype=torch.float) < share)
     others = codes[torch.randint_like(inputs, len(codes))]  # (B,T-1)
@@ -908,61 +904,53 @@ class Trainer:
     model: an nn.Module, or a dict of several. optimizer: any torch optimizer over their parameters.
     cfg: a Config with the loss' weights and the seed. scheduler: stepped once a step (default: the
     learning rates stay). bf16: matrix products in bfloat16. Under torchrun the processes share each
-    batch, and DistributedDataParallel averages the gradients."""
+    batch, and DistributedDataParallel averages the gradients. step_losses: the loss of each step.
+    """
     def __init__(self, model, optimizer, device, cfg=Config(), scheduler=None, bf16=False):
         modules = model if isinstance(model, dict) else {self.phase: model}
         self.modules = self.shared = LossModule(modules, self.loss)
         self.optimizer, self.device, self.cfg = optimizer, torch.device(device), cfg
         self.scheduler = scheduler or torch.optim.lr_scheduler.ConstantLR(optimizer, 1)
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
-        self.bf16 = bf16
-        self.step, self.losses = 0, dict(step=[], train=[], test=[])  # the latter two of each pass
+        self.bf16, self.step, self.step_losses = bf16, 0, []
         if dist.is_initialized():
-            more = dict(find_unused_parameters=len(modules) > 1)  # `single` begins without the iGPT
-            self.shared = DistributedDataParallel(self.modules, forward_sync_buffers=False, **more)
+            self.shared = DistributedDataParallel(
+                self.modules, forward_sync_buffers=False,
+                find_unused_parameters=len(modules) > 1)  # `single` begins without the iGPT
 
     def train(self, train_loader, test_loader, num_epochs, on_step=None, on_pass=None, later=0):
-        """Train until num_epochs passes of the loader are done, going on from self.step; then the
-        modules are in eval mode. Loaders are Batches, or any iterables of batches with a length; a
-        pass is what the notes call an epoch. on_step(trainer) is called before each step,
-        on_pass(row) after each pass with a dict of its figures. later: see track. Returns
-        (train_losses, test_losses), a float a pass each. Raises InputError if a loss or gradient is not finite."""
-        n = len(train_loader)
+        """Train until num_epochs passes of the loader are done, going on from self.step. Loaders
+        are Batches, or any iterables of batches with a length; a pass is what the notes call an
+        epoch. on_step(trainer) is called before each step, on_pass(row) after each pass with a dict
+        of its figures. later: see track. Returns (train_losses, test_losses), a float for each pass
+        made here, and leaves the modules in eval mode. Raises InputError as train_step does."""
+        n, train_losses, test_losses = len(train_loader), [], []
         steps = range(self.step, n * num_epochs)
         batches = itertools.chain.from_iterable(itertools.repeat(train_loader))
         if isinstance(train_loader, Batches):  # a resumed run may begin within a pass
             batches = map(train_loader.__getitem__, steps)
-        self.modules.train()
-        news = lambda: f"loss {self.losses['step'][-1]:.4f}"
-        for _ in track(steps, self.phase, self.step, news, later):
+        news = lambda: f"loss {self.step_losses[-1]:.4f}"
+        for _, batch in zip(track(steps, self.phase, self.step, news, later), batches):
             if on_step:
                 on_step(self)
-            self.train_step(next(batches))
+            self.train_step(batch)
             if self.step % n == 0:
-                row = self.end_pass(n, test_loader)
-                figures = [f"{name} {value:.4f}" for name, value in row.items() if "_" in name]
-                log(f"{self.phase} {self.step}/{n * num_epochs}  {'  '.join(figures)}")
+                figures = self.end_pass(n, test_loader)
+                train_losses.append(figures["train_loss"])
+                test_losses.append(figures["test_loss"])
+                text = "  ".join(f"{name} {value:.4f}" for name, value in figures.items())
+                log(f"{self.phase} {self.step}/{n * num_epochs}  {text}")
                 if on_pass:
-                    on_pass(row)
-        self.modules.eval()
-        return self.losses["train"], self.losses["test"]
-
-    def compile(self, batch):
-        """Have torch.compile make faster models. A batch tells whether it can, on this machine."""
-        for options in {}, {"disable": True}:
-            try:
-                self.modules.eval()
-                for module in self.modules.values():
-                    module.compile(**options)
-                with self.autocast:
-                    return self.loss(batch)["loss"].backward()
-            except Exception as error:  # every backend fails in its own way
-                log(f"warning: not compiled ({type(error).__name__})")
+                    on_pass({"phase": self.phase, "pass": self.step // n, "step": self.step,
+                             "lr": self.optimizer.param_groups[0]["lr"], **figures})
+        return train_losses, test_losses
 
     def train_step(self, batch):
-        """Forward, backward, clip, update."""
+        """Forward, backward, clip, update, in training mode. Raises InputError, before any harm is
+        done, if the loss or the gradient is not finite."""
         noise = f"{self.cfg.seed} {self.phase} {self.step} {processes()[0]}"
         torch.manual_seed(zlib.crc32(noise.encode()))
+        self.modules.train()
         with self.autocast:
             loss = self.shared(batch)["loss"]
         self.optimizer.zero_grad()
@@ -973,42 +961,49 @@ class Trainer:
             self.optimizer.step()
         self.scheduler.step()
         self.step += 1
-        self.losses["step"].append(loss.item())
+        self.step_losses.append(loss.item())
+
+    @torch.no_grad()
+    def end_pass(self, n, test_loader):
+        """After n steps -> dict of figures: the mean loss of these steps, and means of all that
+        loss() reports over the batches of the test."""
+        mean = torch.tensor(self.step_losses[-n:], device=self.device).mean()
+        figures = {"train_loss": summed(mean).item() / processes()[1]}
+        self.modules.eval()
+        for batch in test_loader:
+            for name, value in self.loss(batch).items():
+                name = f"test_{name}"
+                figures[name] = figures.get(name, 0) + value.item() / len(test_loader)
+        self.require_finite(figures["test_loss"])  # the last step may have broken the weights
+        return figures
 
     def require_finite(self, value):
-        """Raises InputError unless loss and gradient are numbers, before they do harm."""
+        """Raises InputError unless a loss, or the sum of loss and gradient norm, is a number."""
         if not math.isfinite(value):
             raise InputError(f"loss or gradient is {value} at step {self.step} of phase "
                              f"{self.phase}: try a lower learning rate")
 
-    @torch.no_grad()
-    def end_pass(self, n, test_loader):
-        """After a pass of n steps -> dict of its figures; those of the test are means over its
-        batches."""
-        mean = torch.tensor(self.losses["step"][-n:], device=self.device).mean()
-        row = {"phase": self.phase, "pass": self.step // n, "step": self.step,
-               "lr": self.optimizer.param_groups[0]["lr"],
-               "train_loss": summed(mean).item() / processes()[1]}
+    def compile(self, batch):
+        """Have torch.compile make faster models. A batch tells whether it can, on this machine."""
         self.modules.eval()
-        for batch in test_loader:
-            for name, value in self.loss(batch).items():
-                name, share = f"test_{name}", value.item() / len(test_loader)
-                row[name] = row.get(name, 0) + share
-        self.modules.train()
-        self.require_finite(row["test_loss"])  # the last step may have broken the weights
-        for name in "train", "test":
-            self.losses[name].append(row[f"{name}_loss"])
-        return row
+        for disable in False, True:
+            for module in self.modules.values():
+                module.compile(disable=disable)
+            try:
+                with self.autocast:
+                    return self.loss(batch)["loss"].backward()
+            except Exception as error:  # every backend fails in its own way
+                log(f"warning: not compiled ({type(error).__name__})")
 
     def state_dict(self):
         """All that the rest of the training depends on."""
-        return {"phase": self.phase, "step": self.step, "losses": self.losses,
+        return {"phase": self.phase, "step": self.step, "step_losses": self.step_losses,
                 "modules": self.modules.state_dict(), "optimizer": self.optimizer.state_dict(),
                 "scheduler": self.scheduler.state_dict()}
 
     def load_state_dict(self, state):
         """Take up training where state_dict() was called."""
-        self.step, self.losses = state["step"], state["losses"]
+        self.step, self.step_losses = state["step"], state["step_losses"]
         self.modules.load_state_dict(state["modules"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
@@ -1036,15 +1031,14 @@ class iGPTTrainer(Trainer):
 
 class JointTrainer(Trainer):
     """`single` and phase 3: all at once. Batches are (pictures (B,3,H,W), captions (B,L+1)).
-    L = compute_loss + lambda * xent. The decoder always gets the encoder's own codes. In `single`
-    lambda is 0 at first, while there are no codes worth predicting, then rises.
-    A small lambda does: Adam and Muon learn the transformer as fast, and a large one makes the
-    codes predictable instead of exact. models: Models. total: steps of the phase."""
+    L = compute_loss + lambda * xent. In `single` lambda is 0 at first, while there are no codes
+    worth predicting, then rises. A small lambda does: Adam and Muon learn the transformer as fast,
+    and a large one makes codes predictable, not exact. models: Models. total: steps of the phase.
+    """
     TAU = 0.5  # temperature of the soft targets, in mean squared quantization errors
     RAMP = 0.05  # share of `single` in which lambda rises
     def __init__(self, phase, models, optimizer, device, total, **options):
-        modules = {"vqvae": models.vqvae, "igpt": models.igpt}
-        super().__init__(modules, optimizer, device, **options)
+        super().__init__({"vqvae": models.vqvae, "igpt": models.igpt}, optimizer, device, **options)
         self.phase, self.models, self.total = phase, models, total
 
     def lambda_now(self):
@@ -1056,13 +1050,13 @@ class JointTrainer(Trainer):
 
     def loss(self, batch):
         x, text_ids = (part.to(self.device) for part in batch)
-        vqvae = self.models.vqvae
+        vqvae, weight = self.models.vqvae, self.lambda_now()
         # In phase 3 the iGPT knows these codes: none is restarted or a moving average
         vqvae.codebook.train(vqvae.training and self.phase == "single")
         losses, z_e = vqvae_loss(vqvae, x, self.cfg)
-        if self.lambda_now():  # else the transformer need not even run
+        if weight:  # else the transformer need not even run
             losses["xent"] = self.cross_entropy(z_e, text_ids)
-            losses["loss"] += self.lambda_now() * losses["xent"]
+            losses["loss"] += weight * losses["xent"]
         return losses
 
     def cross_entropy(self, z_e, text_ids):
@@ -1073,15 +1067,15 @@ class JointTrainer(Trainer):
         softmax(-|z_e - e_k|^2 / tau) is added with its gradient and taken away without: features
         and codes move to where the transformer expects them. (As values, soft targets would teach
         it to be as unsure as they are.)"""
-        igpt, codebook = self.models.igpt, self.models.vqvae.codebook
-        distance = codebook.distances(z_e).flatten(1, 2)  # (B,N,K)
-        rows = mixed_sequences(distance.argmin(-1), text_ids, self.models.tokenizer, igpt.orders)
+        igpt, t = self.models.igpt, self.models.tokenizer
+        distance = self.models.vqvae.codebook.distances(z_e).flatten(1, 2)  # (B,N,K)
+        rows = mixed_sequences(distance.argmin(-1), text_ids, t, igpt.orders)
         xent, logits = igpt_loss(igpt, rows, self.cfg)
         error = distance.detach().amin(-1).mean().clamp(min=1e-6)
-        soft = F.softmax(-distance / (self.TAU * error), dim=-1)  # (B,N,K)
+        soft = (-distance / (self.TAU * error)).softmax(-1)  # (B,N,K)
         # Logits will do for log p: they differ by a number for each token, and soft sums up to 1
-        K = soft.shape[-1]
-        logits = logits.detach()[rows[:, 1:] < K][:, :K].view_as(soft)  # (B,N,K), as the features
+        logits = logits.detach()[rows[:, 1:] < t.n_embeddings]  # (B*N,V), where a code is next
+        logits = logits[:, : t.n_embeddings].view_as(soft)  # (B,N,K)
         return xent - ((soft - soft.detach()) * logits).sum(-1).mean()
 
 # --- Regimes: which phases train which models on what (notes B) -----------------------------------
@@ -1166,6 +1160,7 @@ def prepare_phase(phase, cfg, data, models, device):
     if phase in ("igpt", "single"):
         tokenizer = Tokenizer(data.train_captions + data.test_captions, vqvae.n_embeddings)
         igpt = new_igpt(cfg, vqvae, tokenizer).to(device)
+    models = Models(vqvae, igpt, tokenizer)
     # What batches are made of: pictures (M,H,W,3) or their tokens (M,N), and captions (M,L+1)
     make, train_ids, test_ids = picture_batches, None, None
     if phase != "vqvae":
@@ -1179,7 +1174,6 @@ def prepare_phase(phase, cfg, data, models, device):
             train = torch.cat([train, extract_tokens(vqvae, images, cfg.augment)])  # (2*M,N)
     passes, per_pass = phase_length(phase, cfg, len(train))
     train = make(train, cfg.batch_size, train_ids, seed=cfg.seed, per_pass=per_pass)
-    models = Models(vqvae, igpt, tokenizer)
     trainer = phase_trainer(phase, cfg, models, device, len(train) * passes)
     return models, trainer, (train, make(test, 125, test_ids), passes)
 
@@ -1223,28 +1217,28 @@ def train_regime(regime, cfg, data, models=None, device="cpu"):
 # word in the middle of a picture. Chance is torch's own: torch.manual_seed, after training (which
 # seeds every step), makes samples repeatable.
 
-def logits_to_probs(logits, temperature=1.0, top_k=0, top_p=1.0):
-    """logits (B,S) -> probabilities (B,S). top_k 0 and top_p 1 keep everything."""
-    probs = (logits / temperature).softmax(1)
-    if top_k or top_p < 1:
+def logits_to_probs(logits, how):
+    """logits (...,S) -> the probabilities (...,S) with which a SamplingConfig wants them chosen."""
+    probs = (logits / how.temperature).softmax(-1)
+    if how.top_k or how.top_p < 1:
         ordered, index = probs.sort(descending=True)
-        if top_k:
-            ordered[:, top_k:] = 0
+        if how.top_k:
+            ordered[..., how.top_k :] = 0
         # Keep the fewest tokens that hold top_p of the mass (Holtzman et al. 2019): a token goes if
         # those ahead of it hold that much without it; so the first always stays
-        ahead = ordered.cumsum(1) - ordered
-        ordered[ahead >= top_p * ordered.sum(1, keepdim=True)] = 0
-        probs = probs.scatter(1, index, ordered)
-    return probs / probs.sum(1, keepdim=True)
+        ahead = ordered.cumsum(-1) - ordered
+        ordered[ahead >= how.top_p * ordered.sum(-1, keepdim=True)] = 0
+        probs = probs.scatter(-1, index, ordered)
+    return probs / probs.sum(-1, keepdim=True)
 
 def sample_token(logits, how):
-    """logits (B,S) -> index into the S, int64 (B,), drawn as the SamplingConfig `how` says."""
+    """logits (...,S) -> index into the S, int64 (...), drawn as the SamplingConfig `how` says."""
     if how.greedy or how.temperature == 0:
-        return logits.argmax(1)
-    probs = logits_to_probs(logits, how.temperature, how.top_k, how.top_p)
+        return logits.argmax(-1)
     # One random number a row, a bit below 1, falls on a token; multinomial draws one for each token
-    cdf, u = probs.cumsum(1), 0.999999 * torch.rand_like(probs[:, :1])
-    return torch.searchsorted(cdf, u * cdf[:, -1:], right=True)[:, 0]
+    cdf = logits_to_probs(logits, how).cumsum(-1)
+    u = 0.999999 * torch.rand_like(cdf[..., -1:]) * cdf[..., -1:]
+    return torch.searchsorted(cdf, u, right=True)[..., 0]
 
 def decode(model, prompts, span):
     """Sequences that grow by a token at a time, each of which passes through the model once. A
@@ -1299,11 +1293,6 @@ class Models:
     vqvae: VQVAE = None
     igpt: iGPT = None
     tokenizer: Tokenizer = None
-    @property
-    def device(self):
-        """Where the models are."""
-        return self.vqvae.codebook.weight.device
-
     def expect(self, order):
         """Warn if the iGPT was not trained on an order of sequences that it is asked for."""
         if order not in self.igpt.orders:
@@ -1324,16 +1313,15 @@ class Models:
         """B captions -> picture tokens int64 (B,N). Raises InputError as text_encode does."""
         self.expect("text_image")
         t, N, nothing = self.tokenizer, self.vqvae.n_tokens, ()
-        prompts = text_prompts(t, captions).to(self.device)  # (B,L+3)
+        prompts = text_prompts(t, captions)  # (B,L+3)
         for text in captions:
             if len(text.split()) not in t.lengths:
-                usual = " or ".join(map(str, t.lengths))
-                log(f"warning: {text!r} is no caption of {usual} words, as those learned from")
+                log(f"warning: {text!r} is not of {t.lengths} words, as the captions learned from")
         if not self.igpt.causal:  # a ParallelPredictor draws all tokens, which it sees as blank
-            logits = self.igpt(F.pad(prompts, (0, N - 1)))[:, -N:, : t.n_embeddings]  # (B,N,K)
-            return sample_token(logits.flatten(0, 1), how).view(-1, N)
+            rows = F.pad(prompts, (0, N - 1)).to(self.igpt.head.weight.device)  # (B,L+2+N)
+            return sample_token(self.igpt(rows)[:, -N:, : t.n_embeddings], how)  # (B,N,K) -> (B,N)
         if how.guidance and "image_text" in self.igpt.orders:  # a picture that no caption precedes
-            nothing = prompts.new_tensor([[t.bos_token, t.end_of_text_token]])
+            nothing = torch.tensor([[t.bos_token, t.end_of_text_token]])
         return self.continue_images(prompts, N, how, nothing)
 
     def captions(self, tokens, how):
@@ -1350,13 +1338,12 @@ class Models:
         is read. All pictures are then drawn from captions. Guidance makes pairs clearer than the
         model's own: this is no exact sample of its joint distribution."""
         t, captions = self.tokenizer, []
-        bos = torch.full((n, 1), t.bos_token, device=self.device)
-        marks = generate(self.igpt, bos, 1, t.start_span, how)  # (n,1)
-        for mark in marks.unique():  # those that were chosen at all
-            prompts = torch.cat([bos, marks], 1)[marks[:, 0] == mark]
+        marks = generate(self.igpt, torch.full((n, 1), t.bos_token), 1, t.start_span, how)  # (n,1)
+        for mark, times in zip(*marks.unique(return_counts=True)):  # those chosen at all
+            prompts = torch.tensor([[t.bos_token, mark]]).expand(times, 2)
             if mark == t.end_of_text_token:
                 drafts = self.continue_images(prompts, self.vqvae.n_tokens, how)
-                prompts = image_prompts(t, drafts)
+                prompts = image_prompts(t, drafts)  # (times,N+3)
             captions += self.continue_captions(prompts, t.caption_length, how)
         return self.images(captions, how), captions
 
@@ -1374,11 +1361,11 @@ def span_sums(models, tokens, captions, order):
     The targets are its words and, where it is short, the EOT that ends it; marks whose place is
     certain count nowhere."""
     t, igpt, sums = models.tokenizer, models.igpt.eval(), []
-    rows = make_sequences(tokens.cpu(), t.encode_batch(captions), t, order).to(models.device)
-    for part in track(rows.split(CHUNK), "predicting"):
+    rows = make_sequences(tokens.cpu(), t.encode_batch(captions), t, order)
+    for part in track(rows.to(igpt.head.weight.device).split(CHUNK), "predicting"):
         inputs, targets = part[:, :-1], part[:, 1:]  # (B,T-1) both, as are all below
         logits = igpt(inputs)  # (B,T-1,V)
-        nats, code = next_token_nll(logits, part), targets < t.n_embeddings
+        nats, code = next_token_nll(logits, targets), targets < t.n_embeddings
         hits = code & (logits.argmax(2) == targets)
         said = igpt.locate(inputs) - igpt.context_length  # words since an EOI, below 0 elsewhere
         text = (said >= 0) & (said < t.caption_length)
@@ -1387,12 +1374,11 @@ def span_sums(models, tokens, captions, order):
 
 def compare_captions(models, tokens, captions, how):
     """What the models read in pictures' tokens (M,N), always the likeliest word, against the true
-    captions -> share of those found wholly alike, share of their words found in place."""
+    captions -> share of those found wholly alike, share of their words found in place; floats."""
     found, t = models.captions(tokens, how.but(greedy=True)), models.tokenizer
-    ids = t.encode_batch(captions)  # (M,L+1)
-    right = t.encode_batch(found) == ids  # as ids, all captions are of one length
-    words = right[ids < t.end_of_text_token]
-    return right.all(1).double().mean().item(), words.double().mean().item()
+    ids = t.encode_batch(captions).numpy()  # (M,L+1): as ids, all captions are of one length
+    right = t.encode_batch(found).numpy() == ids
+    return right.all(1).mean(), right[ids < t.end_of_text_token].mean()
 
 def evaluate(models, images, captions, how=SamplingConfig(), seed=0):
     """What both models are worth: all figures of `eval`, over pictures uint8 (M,H,W,3) and M

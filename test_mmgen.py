@@ -679,7 +679,10 @@ def test_training_a_parallel_predictor(tmp_path, data_dir, regime, phase, key):
 
 def test_top_k_top_p_and_temperature():
     logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]]))
-    probs = mmgen.logits_to_probs
+
+    def probs(logits, **how):
+        return mmgen.logits_to_probs(logits, SamplingConfig(**how))
+
     assert torch.allclose(probs(logits), logits.exp())
     assert torch.allclose(probs(logits, top_k=2), torch.tensor([[0.625, 0.375, 0, 0]]))
     assert torch.allclose(probs(logits, top_p=0.6), torch.tensor([[0.625, 0.375, 0, 0]]))
