@@ -1422,7 +1422,7 @@ def evaluate(models, images, captions, how=SamplingConfig(), seed=0):
 
 # ===== Part II: everything else ===================================================================
 
-import argparse, colorsys, contextlib, csv, io, os, pickle, pickletools
+import argparse, colorsys, contextlib, copy, csv, io, os, pickle, pickletools
 import shutil, signal, struct, textwrap
 from pathlib import Path
 
@@ -1785,16 +1785,8 @@ def optional():
     except OSError as error:
         log(f"warning: {error}")
 
-def save_checkpoint(path, model=None, /, **content):
-    """A model, also one that torch.compile has wrapped, and tensors, numbers, strings, containers
-    -> a .pth file. Of the model it holds what rebuild needs: class, constructor arguments, weights.
-    """
-    # "/": content may have a key "model" of its own, as that of a file that is saved again has
-    if model is not None:
-        model = getattr(model, "_orig_mod", model)
-        # NumPy's numbers, as sizes often are, become Python's: all that weights_only admits
-        options = json.loads(json.dumps(model.options, default=lambda number: number.item()))
-        content |= dict(kind=type(model).__name__, options=options, model=model.state_dict())
+def save_checkpoint(path, **content):
+    """Tensors, numbers, strings and containers of them -> a .pth file."""
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, **content}, buffer)
     atomic_write(path, buffer.getvalue(), 60)
@@ -1807,6 +1799,16 @@ def load_checkpoint(path):
             raise InputError(f"of format {content['format']}, not {FORMAT}")
         return content
 
+def save_model(path, model, **more):
+    """A model, also one that torch.compile has wrapped -> a checkpoint of what rebuild needs."""
+    model = getattr(model, "_orig_mod", model)
+    # NumPy's numbers, as sizes often are, become Python's: all that weights_only admits
+    options = json.loads(json.dumps(model.options, default=np.generic.item))
+    save_checkpoint(path, kind=type(model).__name__, options=options, model=model.state_dict(),
+                    **more)
+
+save_vqvae = save_model
+
 def rebuild(content, *kinds, **more):
     """Content of a checkpoint -> its model, of one of these kinds, in eval mode. more: options that
     the file lacks or must agree with. What does not fit raises KeyError or RuntimeError."""
@@ -1815,8 +1817,6 @@ def rebuild(content, *kinds, **more):
         model = kind(**content["options"] | more)
     model.load_state_dict(content["model"], assign=True)  # the file's tensors become the weights
     return model.float().eval()
-
-save_vqvae = save_checkpoint  # (path, vqvae): its file holds nothing but the model
 
 def load_vqvae(path, device="cpu"):
     """-> VQVAE in eval mode. Raises InputError if it is missing, damaged or of another kind."""
@@ -1829,9 +1829,9 @@ def fingerprint(vqvae):
     return zlib.crc32(vqvae.codebook.weight.detach().cpu().numpy())
 
 def save_igpt(path, igpt, tokenizer, vqvae):
-    """checkpoints/igpt_model.pth: also the vocabulary, and which codebook its tokens refer to."""
-    save_checkpoint(path, igpt, words=tokenizer.words, lengths=tokenizer.lengths,
-                    codebook=fingerprint(vqvae))
+    """The iGPT, its vocabulary, and which codebook its tokens refer to -> a checkpoint."""
+    save_model(path, igpt, words=tokenizer.words, lengths=tokenizer.lengths,
+               codebook=fingerprint(vqvae))
 
 def load_igpt(path, vqvae, device="cpu", any_codes=False):
     """-> iGPT in eval mode and its Tokenizer. Raises InputError as load_vqvae does, and if the iGPT
@@ -1841,45 +1841,24 @@ def load_igpt(path, vqvae, device="cpu", any_codes=False):
         if not any_codes and content["codebook"] != fingerprint(vqvae):
             raise InputError("was trained on the codes of another VQ-VAE: train the iGPT anew")
         tokenizer = Tokenizer(content["words"], vqvae.n_embeddings, content["lengths"])
-        linked = "code_in.weight" in content["model"]
-        # If the words are damaged, the weights do not fit their number
-        igpt = rebuild(content, iGPT, ParallelPredictor, vocab_size=tokenizer.vocab_size,
-                       codebook=vqvae.codebook.weight if linked else None)
+        codebook = vqvae.codebook.weight if "code_in.weight" in content["model"] else None
+        igpt = rebuild(content, iGPT, ParallelPredictor, codebook=codebook,
+                       vocab_size=tokenizer.vocab_size)  # damaged words do not fit the weights
         return igpt.to(device), tokenizer
 
-# Letters of 5 x 7 pixels, one word each. A digit in base 32 is a row: its five bits are the pixels
-FONT = dict(zip("abcdefghijklmnopqrstuvwxyz0123456789. ", """
-    00e1fhf gguhhhu 00fgggf 11fhhhf 00ehvge 68s8888 00fhf1u gguhhhh 40c444e 20622ic ggikoki c44444e
-    00qllll 00uhhhh 00ehhhe 00uhugg 00fhf11 00moggg 00fge1u 88u8886 00hhhhf 00hhha4 00lllla 00ha4ah
-    00hhf1u 00v248v ehjlphe 4c4444e eh1248v eh161he 26aiv22 vgu11he 68guhhe v124488 ehhehhe ehhf12c
-    00000cc 0000000""".split()))
-
-def write_texts(texts, width, color):
-    """N texts in small letters, wrapped -> pictures uint8 (N,9*lines,width,3), of as many lines as
-    the longest takes. A letter that FONT lacks is a box."""
-    wrapped = [textwrap.wrap(text.lower(), width // 6) for text in texts]
-    pictures = np.zeros((len(texts), 9 * max(map(len, wrapped)), width, 3), np.uint8)
-    for picture, lines in zip(pictures, wrapped):
-        for y, line in enumerate(lines):
-            for x, letter in enumerate(line):
-                rows = np.array([int(row, 32) for row in FONT.get(letter, "vhhhhhv")])  # (7,)
-                ink = rows[:, None] >> np.arange(5)[::-1] & 1  # (7,5)
-                picture[9 * y + 1 :, 6 * x + 1 :][:7, :5] = ink[..., None] * color
-    return pictures
-
-def encode_picture(image, suffix=".ppm"):
-    """uint8 (H,W,3) -> a file's bytes: a binary PPM, or a PNG for any other suffix."""
+def save_picture(path, image):
+    """uint8 (H,W,3) -> a file: a PNG if it is called so, else a binary PPM."""
     height, width, _ = image.shape
-    if suffix == ".ppm":
-        return b"P6\n%d %d\n255\n" % (width, height) + image.tobytes()
-    # A PNG is a signature, then chunks: a head (8 bits a value, RGB), compressed rows, an end. A
-    # row begins with the number of its filter, 0 for none
-    rows = np.insert(image.reshape(height, -1), 0, 0, 1)  # (H,1+3W)
-    head, out = struct.pack(">IIBBxxx", width, height, 8, 2), b"\x89PNG\r\n\x1a\n"
-    for chunk in b"IHDR" + head, b"IDAT" + zlib.compress(rows), b"IEND":
-        # Length (the name does not count), name and content, checksum
-        out += struct.pack(f">I{len(chunk)}sI", len(chunk) - 4, chunk, zlib.crc32(chunk))
-    return out
+    out = b"P6\n%d %d\n255\n" % (width, height) + image.tobytes()
+    if Path(path).suffix == ".png":
+        # A signature, then chunks: a head (8 bits a value, RGB), compressed rows, an end. A row
+        # begins with the number of its filter, 0 for none
+        rows = np.insert(image.reshape(height, -1), 0, 0, 1)  # (H,1+3W)
+        head, out = struct.pack(">IIBBxxx", width, height, 8, 2), b"\x89PNG\r\n\x1a\n"
+        for chunk in b"IHDR" + head, b"IDAT" + zlib.compress(rows), b"IEND":
+            # Length (the name does not count), name and content, checksum
+            out += struct.pack(f">I{len(chunk)}sI", len(chunk) - 4, chunk, zlib.crc32(chunk))
+    atomic_write(path, out)
 
 def read_pictures(path):
     """--image: .npy uint8 (H,W,3) or (N,H,W,3), or a binary PPM (P6, 8 bits) -> uint8 (N,H,W,3)."""
@@ -1896,25 +1875,45 @@ def read_pictures(path):
             raise InputError(f"want uint8 (N,H,W,3), found {images.dtype} {images.shape}")
         return images
 
+# Small letters: six columns of 8 pixels each, a byte a column. The last stands for all others
+LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.: "
+GLYPHS = np.unpackbits(np.frombuffer(bytes.fromhex("""
+    00021515150f 007f1111110e 000e11111111 000e1111117f 000e1515150c 00103f504000 00182525253e
+    007f1010100f 0000115f0100 000201115e00 007f040a1100 0000417f0100 001f100f100f 001f1010100f
+    000e1111110e 003f24242418 00182424243f 001f08101000 000915151512 00107e111100 001e0101011f
+    001c0201021c 001e011e011e 00110a040a11 00380505053e 001113151911 003e4549513e 0000217f0100
+    002143454931 002241494936 000c14247f04 00725151514e 001e29494906 0040434c5060 003649494936
+    003049494a3c 000003030000 00001b1b0000 000000000000 007f4141417f
+    """), np.uint8)).reshape(-1, 6, 8)
+
+def add_texts(pictures, texts, color=(255, 255, 255)):
+    """uint8 (N,H,W,3) and as many texts, or none -> uint8 (N,H+8*lines,W,3): below each picture its
+    text, wrapped."""
+    width = pictures.shape[2]
+    wrapped = [textwrap.wrap(text.lower(), width // 6) for text in texts]
+    for lines in itertools.zip_longest(*wrapped, fillvalue=""):  # the first of all, the second ...
+        letters = "".join(line.ljust(width) for line in lines)
+        ink = GLYPHS[list(map(LETTERS.find, letters))].reshape(len(lines), -1, 8).mT  # (N,8,6W)
+        pictures = np.hstack([pictures, ink[:, :, :width, None] * np.uint8(color)])
+    return pictures
+
 def picture_grid(images, captions=(), truths=(), scale=0, together=1, columns=0):
     """uint8 (N,H,W,3) -> one picture on grey, each enlarged `scale` times (0: to about 112 pixels),
     of so many columns or about square. captions, truths: N texts to go below, white and green.
     together: so many neighbours, the samples of one prompt, are not torn apart."""
     scale = scale or max(1, 112 // images.shape[2])
     tiles = images.repeat(scale, 1).repeat(scale, 2)  # (N,h,w,3)
-    for texts, color in (captions, np.full(3, 255)), (truths, np.array([0, 255, 0])):
-        if len(texts):
-            tiles = np.concatenate([tiles, write_texts(texts, tiles.shape[2], color)], 1)
+    tiles = add_texts(add_texts(tiles, captions), truths, (0, 255, 0))
     columns = columns or together * math.ceil(len(images) ** 0.5 / together)
     margins = (0, -len(images) % columns), (1, 1), (1, 1), (0, 0)  # the first fills the last row up
     tiles = np.pad(tiles, margins, constant_values=128)
     tiles = tiles.reshape(-1, columns, *tiles.shape[1:])  # (rows,columns,h,w,3)
-    return np.concatenate(np.concatenate(tiles, 1), 1)  # (columns,rows*h,w,3), then one picture
+    return np.hstack(np.hstack(tiles))  # (columns,rows*h,w,3), then one picture
 
 def sample_paths(prefix):
     """--out PREFIX -> PREFIX.ppm (PREFIX itself, if it ends in .png), PREFIX.npy, PREFIX.txt.
     Raises InputError for a directory."""
-    if str(prefix).endswith(("/", os.sep)):
+    if not os.path.basename(prefix):
         raise InputError(f"{prefix} is a directory, want the beginning of the files' names")
     grid = Path(prefix)
     if grid.suffix not in (".png", ".ppm"):
@@ -1926,8 +1925,7 @@ def save_samples(prefix, images, captions, together=1, truths=()):
     Returns the grid's path."""
     buffer, (grid, pictures, texts) = io.BytesIO(), sample_paths(prefix)
     np.save(buffer, images)
-    tiles = picture_grid(images, captions, truths, together=together)
-    atomic_write(grid, encode_picture(tiles, grid.suffix))
+    save_picture(grid, picture_grid(images, captions, truths, together=together))
     atomic_write(pictures, buffer.getvalue())
     atomic_write(texts, "\n".join([*captions, ""]).encode())
     return grid
@@ -1946,8 +1944,6 @@ def show_in_terminal(images):
 # Each phase begins with the files that those before it have left. So a run goes one and the same
 # way, whether it was stopped in between or not, and a phase alone is a run like any other.
 
-# Which files each phase makes anew; a fine-tuning goes on from what is there
-MAKES = dict(vqvae=[VQVAE_FILE], igpt=[IGPT_FILE], single=[VQVAE_FILE, IGPT_FILE], finetune=[])
 SAVE_SECONDS = 15  # how often the state for --resume is written: what a kill costs at most
 
 class Run:
@@ -1957,33 +1953,33 @@ class Run:
     neither resume nor overwrite are given, if settings or data of the run to resume are others, and
     if another training is at work there."""
     def __init__(self, folder, regime, cfg, data, resume=False, overwrite=False):
-        self.folder, self.phases = Path(folder), REGIMES[regime]
-        self.state_path = self.folder / "checkpoints/state.pth"
+        self.folder, self.phases = folder, REGIMES[regime]
+        self.state_path = Path(folder, "checkpoints/state.pth")
         # The number of the signal that came, if any, and when the state was saved last
-        self.signal = self.saved = 0
-        settings, checksum = {"regime": regime} | vars(cfg), 0
+        self.signal = self.saved = checksum = 0
         for part in vars(data).values():  # pictures and captions, of training and test
             checksum = zlib.crc32(np.asarray(part), checksum)
-        settings["data"] = checksum
+        settings = vars(cfg) | {"regime": regime, "data": checksum}
         with reading(folder, "run"):
             old = load_checkpoint(self.state_path) if self.state_path.exists() else {}
             # A run may be made one phase at a time: the curves of the others stay
             rows = [row for row in old.get("rows", []) if row["phase"] not in self.phases]
             self.state = dict(settings=settings, done=0, rows=rows, trainer=None, complete=False)
-            # Nothing that exists is lost without a word: no models, and no run that was stopped. (A
-            # fine-tuning replaces what it goes on from: that is what it is for)
-            taken = [n for phase in self.phases for n in MAKES[phase] if Path(folder, n).exists()]
+            # Nothing that exists is lost without a word: no models that the first phase would make
+            # anew (a fine-tuning makes none), and no run that was stopped
+            makes = IGPT_FILE if self.phases[0] == "igpt" else VQVAE_FILE
+            taken = self.phases[0] != "finetune" and Path(folder, makes).exists()
             if resume and old:
-                self.state = {key: old[key] for key in self.state}
+                for key in self.state:
+                    self.state[key] = old[key]
                 for key, was in old["settings"].items():
                     if was != settings[key]:
                         raise InputError(f"cannot resume: {key} was {was}, now {settings[key]}")
             elif not overwrite and (taken or old and not old["complete"]):
                 raise InputError("holds a run: --resume or --overwrite it, or name another --run")
-        # Two trainings would spoil each other's files. The lock ends with its process, so even a
-        # kill leaves none behind
-        os.makedirs(self.folder / "checkpoints", exist_ok=True)
-        self.lock = open(self.folder / "checkpoints/.lock", "w")
+        # Two trainings would spoil each other's files. The lock ends with its process, even killed
+        os.makedirs(f"{folder}/checkpoints", exist_ok=True)
+        self.lock = open(f"{folder}/checkpoints/.lock", "w")
         try:
             if fcntl and not processes()[0]:
                 fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -2032,93 +2028,83 @@ class Run:
         table.writeheader()
         table.writerows(rows)
         with optional():
-            table, picture = text.getvalue().encode(), encode_picture(draw_curves(rows))
-            atomic_write(self.folder / "results/training_curves.csv", table)
-            atomic_write(self.folder / "results/training_curves.ppm", picture)
-
-    def rehearse(self, phases, cfg, data, device):
-        """A few steps of each phase, on few data -> the seconds that all steps of each will take.
-        What cannot work fails now, rather than in the last phase."""
-        few, seconds = Data(*(part[: 2 * cfg.batch_size] for part in vars(data).values())), []
-        cfg, plan = cfg.but(lambda_warmup=0.0), []  # with the transformer from the first step on
-        models = load_models(self.folder, device, phases[0], any_codes=True)
-        for phase in phases:
-            models, trainer, (batches, *_) = prepare_phase(phase, cfg, few, models, device)
-            for step in range(5):
-                if step == 2:  # the first ones are slower
-                    started = time.monotonic()
-                trainer.train_step(batches[step])
-            rows = len(data.vqvae_train if phase == "vqvae" else data.train_images)
-            steps = math.prod(phase_length(phase, cfg, rows))
-            seconds.append(steps * (time.monotonic() - started) / 3)
-            plan.append(f"{phase} {steps} steps")
-        log(f"to do: {', '.join(plan)}, about {sum(seconds) / 60:.0f} min on {device}, "
-            f"{torch.get_num_threads()} threads, {'bf16' if trainer.bf16 else 'float32'}")
-        return seconds
+            atomic_write(f"{self.folder}/results/training_curves.csv", text.getvalue().encode())
+            save_picture(f"{self.folder}/results/training_curves.ppm", draw_curves(rows))
 
     def train(self, cfg, data, device, compiled=False):
         """Train the phases that are not done yet.
         cfg, data: as for Run. compiled: by torch.compile, where that works."""
         phases = self.phases[self.state["done"] :]
-        seconds = self.rehearse(phases, cfg, data, device) if phases else []
         for i, phase in enumerate(phases):
             # A kill while both models were written can leave a pair that does not fit. The state of
             # the trainer, written before, then replaces both
             models = load_models(self.folder, device, phase, bool(self.state["trainer"]))
             check_size(models, data.train_images)
+            if i == 0:  # a copy, for the steps of the rehearsal change the models
+                seconds = rehearse(phases, cfg, data, copy.deepcopy(models), device)
             models, trainer, loaders = prepare_phase(phase, cfg, data, models, device)
             self.restore(trainer)
             if compiled:
-                trainer.compile(next(iter(loaders[1])))
+                trainer.compile(loaders[1][0])
             trainer.train(*loaders, self.on_step, self.on_pass, sum(seconds[i + 1 :]))
             # Files first, then the state that counts on them: a kill in between costs some steps
             if phase != "igpt":
                 report_codebook(models.vqvae, data.vqvae_test, self.folder)
-                save_vqvae(self.folder / VQVAE_FILE, models.vqvae)
+                save_vqvae(f"{self.folder}/{VQVAE_FILE}", models.vqvae)
             if phase != "vqvae":
-                save_igpt(self.folder / IGPT_FILE, models.igpt, models.tokenizer, models.vqvae)
+                save_igpt(f"{self.folder}/{IGPT_FILE}", models.igpt, models.tokenizer, models.vqvae)
             self.save(trainer=None, done=self.state["done"] + 1)
             wait_for_all()  # the first process has written what all of them read next
 
-def draw_curves(rows):
-    """The rows of the curves' table -> uint8 (H,W,3). Test loss in red, training loss in green
-    (yellow where they meet) and, to tell the phases apart, the learning rate in blue, all on one
-    scale: 100 pixels for each power of ten."""
-    curves = np.array([[row["test_loss"], row["train_loss"], row["lr"]] for row in rows])
-    # (500,passes,3): each curve is a colour channel
-    picture = np.isclose(np.logspace(1, -4, 500)[:, None, None], curves, rtol=0.04)
-    picture = picture.repeat(24, 1) * np.uint8(255)
-    scale = write_texts(["10", "1", "0.1", "0.01", "0.001"], 36, np.full(3, 255))  # (5,9,36,3)
-    scale = np.pad(scale, ((0, 0), (0, 91), (0, 0), (0, 0))).reshape(500, 36, 3)
-    picture = np.concatenate([scale, picture], 1)  # (500,W,3)
-    names = zip(("test loss", "training loss", "rate"), np.eye(3, dtype=int) * 255)
-    legend = [write_texts([name], picture.shape[1], color)[0] for name, color in names]
-    return np.concatenate([*legend, picture])
+def rehearse(phases, cfg, data, models, device):
+    """A few steps of each phase, on few data -> the seconds that all steps of each will take. What
+    cannot work fails now, rather than in the last phase. The models are trained by it."""
+    few = Data(*(part[: 2 * cfg.batch_size] for part in vars(data).values()))
+    cfg, plan = cfg.but(lambda_warmup=0.0), {}  # with the transformer from the first step on
+    for phase in phases:
+        models, trainer, loaders = prepare_phase(phase, cfg, few, models, device)
+        for step in range(5):
+            if step == 2:  # the first ones are slower
+                started = time.monotonic()
+            trainer.train_step(loaders[0][step])
+        rows = len(data.vqvae_train if phase == "vqvae" else data.train_images)
+        steps = math.prod(phase_length(phase, cfg, rows))
+        plan[f"{phase} {steps} steps"] = steps * (time.monotonic() - started) / 3
+    log(f"to do: {', '.join(plan)}, about {sum(plan.values()) / 60:.0f} min on {device}, "
+        f"{torch.get_num_threads()} threads, {'bf16' if trainer.bf16 else 'float32'}")
+    return list(plan.values())
 
-def code_maps(vqvae, tokens):
-    """Tokens (M,N) -> pictures uint8 (M,H,W,3) of them, a colour a code. The three directions in
-    which codes differ most are red, green and blue: codes alike have colours alike."""
-    codes = vqvae.codebook.weight.detach().cpu()
-    codes = F.pad(codes - codes.mean(0), (0, 1))  # (K,D+1): three directions, even if D is 2
-    colors = codes @ torch.linalg.svd(codes).Vh[:3].mT  # (K,3)
-    colors = (128 + 64 * colors / (colors.std() + 1e-9)).clamp(0, 255).byte()
-    return colors[tokens].unflatten(1, vqvae.grid).numpy().repeat(4, 1).repeat(4, 2)
+def draw_curves(rows):
+    """The rows of the curves' table -> uint8 (H,W,3): 24 pixels a pass, 100 for a power of ten. The
+    learning rate tells the phases apart; where both losses meet, they are yellow."""
+    curves = [[row["test_loss"], row["train_loss"], row["lr"]] for row in rows]  # red, green, blue
+    heights = np.logspace(1, -4, 500)[:, None, None]
+    picture = np.isclose(heights, curves, rtol=0.04).repeat(24, 1) * np.uint8(255)  # (500,W,3)
+    # Each number stands at its height, the lower end of its power of ten
+    scale = add_texts(np.zeros((5, 92, 36, 3), np.uint8), "1 0.1 0.01 0.001 0.0001".split())
+    picture = np.hstack([scale.reshape(500, 36, 3), picture])
+    return picture_grid(picture[None], ["red: test loss  green: training loss  blue: rate"])
 
 def report_codebook(vqvae, images, folder):
     """After a phase that trained the VQ-VAE: is it good enough to go on? Over the whole test set;
-    32 originals, each with reconstruction and code map at its right, go to
+    32 originals, each with its reconstruction and its codes, a colour a code, at its right, go to
     results/reconstructions.ppm."""
     tokens = extract_tokens(vqvae, images)  # (M,N)
-    mse, psnr, used, perplexity = measure_reconstruction(vqvae, images, tokens).values()
-    log(f"VQ-VAE over {len(images)} test pictures: recon MSE {mse:.4f} (PSNR {psnr:.1f} dB), "
-        f"{used:.0%} of the codes used, perplexity {perplexity:.1f}")
-    if used < 0.05 or perplexity < 4:
+    figures = measure_reconstruction(vqvae, images, tokens)
+    log(f"VQ-VAE over {len(images)} test pictures: recon MSE {figures['recon_mse']:.4f} (PSNR "
+        f"{figures['recon_psnr']:.1f} dB), {figures['codebook_used']:.0%} of the codes used, "
+        f"perplexity {figures['codebook_perplexity']:.1f}")
+    if figures["codebook_used"] < 0.05 or figures["codebook_perplexity"] < 4:
         log("warning: the codebook collapsed: lower --vqvae-lr or --lambda-xent, or raise --beta")
-    few = tokens[:32]
-    triples = np.stack([images[:32], decode_pictures(vqvae, few), code_maps(vqvae, few)], 1)
-    grid = picture_grid(triples.reshape(-1, *images.shape[1:]), together=3)
+    # The first three numbers of a code, or all two, are red, green and blue: codes alike have
+    # colours alike. Most numbers are in -2 to 2
+    few, codes = tokens[:32], F.pad(vqvae.codebook.weight.detach().cpu(), (0, 1))
+    maps = codes[few, :3].mT.unflatten(2, vqvae.grid) / 2  # (32,3,h,w)
+    maps = denormalize(F.interpolate(maps, scale_factor=4))  # (32,H,W,3)
+    triples = zip(images, decode_pictures(vqvae, few), maps)
+    grid = picture_grid(np.stack(list(itertools.chain(*triples))), together=3)
     with optional():
-        atomic_write(folder / "results/reconstructions.ppm", encode_picture(grid))
+        save_picture(f"{folder}/results/reconstructions.ppm", grid)
 
 def check_size(models, images):
     """Raises InputError unless pictures uint8 (M,H,W,3) are as large as the VQ-VAE's, if any."""
@@ -2130,10 +2116,10 @@ def load_models(folder, device, phase=None, any_codes=False):
     load_igpt."""
     if phase in ("vqvae", "single"):
         return Models()
-    vqvae = load_vqvae(Path(folder, VQVAE_FILE), device)
+    vqvae = load_vqvae(f"{folder}/{VQVAE_FILE}", device)
     if phase == "igpt":
         return Models(vqvae)
-    return Models(vqvae, *load_igpt(Path(folder, IGPT_FILE), vqvae, device, any_codes))
+    return Models(vqvae, *load_igpt(f"{folder}/{IGPT_FILE}", vqvae, device, any_codes))
 
 # --- Commands: flags become Settings, the work is done by the functions above ---------------------
 #

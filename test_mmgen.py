@@ -1197,10 +1197,11 @@ def test_sample_text(trained, data_dir, tmp_path):
     assert np.load(tmp_path / "a.npy").shape == (15, 28, 28, 3)
     wanted = [prompts[0]] * 10 + [prompts[1]] * 5
     assert (tmp_path / "a.txt").read_text().splitlines() == wanted
-    assert (tmp_path / "a.ppm").read_bytes().startswith(b"P6\n570 396\n")  # 5 pictures by 3
+    assert (tmp_path / "a.ppm").read_bytes().startswith(b"P6\n570 390\n")  # 5 pictures by 3
     for n, size in ((1, (3, 3)), (4, (5, 8))):  # rows and columns for nine prompts
         images = np.zeros((9 * n, 4, 4, 3), np.uint8)
-        assert mmgen.picture_grid(images, together=n).shape == (size[0] * 10, size[1] * 10, 3)
+        grid = mmgen.picture_grid(images, scale=2, together=n)
+        assert grid.shape == (size[0] * 10, size[1] * 10, 3)
 
 @pytest.mark.parametrize("code", ["utf-8-sig", "utf-16"])
 def test_prompts_of_windows_editors(trained, tmp_path, code):
@@ -1223,21 +1224,23 @@ def test_a_caption_of_unusual_length_is_drawn_with_a_warning(trained, tmp_path):
 
 def test_letters():
     """As many shapes as letters; texts are wrapped, and one that has no letter here is a box."""
-    shapes = {mmgen.write_texts([letter], 6, 1).tobytes() for letter in mmgen.FONT}
-    assert len(shapes) == len(mmgen.FONT) == 38
-    texts = mmgen.write_texts(["one two", "1", ""], 6 * 4, np.full(3, 255))
-    assert texts.shape == (3, 18, 24, 3)
+    def write(*texts):
+        return mmgen.add_texts(np.zeros((len(texts), 0, 24, 3), np.uint8), texts)
+
+    shapes = {write(letter).tobytes() for letter in mmgen.LETTERS}
+    assert len(shapes) == len(mmgen.LETTERS) == 39
+    texts = write("One two", "1", "")
+    assert texts.shape == (3, 16, 24, 3)
     assert [bool(text.any()) for text in texts] == [True, True, False]
-    one = mmgen.write_texts(["one"], 24, np.full(3, 255))
-    assert (texts[0, :9] == one[0]).all()
-    assert (mmgen.write_texts(["é"], 6, np.full(3, 255)) > 0).sum() == 3 * 20
+    assert (texts[0, :8] == write("one")[0]).all()
+    assert (write("é")[0, :, :, 0] > 0).sum() == 2 * 7 + 2 * 3  # the frame of 5 x 7 pixels
 
 def test_grids_carry_captions_and_true_ones_where_they_differ(trained, data_dir, tmp_path):
     images = np.zeros((2, 28, 28, 3), np.uint8)
     grid = mmgen.picture_grid(images, ["red one", "red two"], ["", "blue two"])
     green = (grid == [0, 255, 0]).all(2)
-    assert grid.shape == (2 + 4 * 28 + 18, 2 * (2 + 4 * 28), 3)
-    assert not green[:, :114].any() and green[-10:, 114:].any()
+    assert grid.shape == (2 + 4 * 28 + 16, 2 * (2 + 4 * 28), 3)
+    assert not green[:, :114].any() and green[-9:, 114:].any()
     data = mmgen.load_data(data_dir)
     works("sample", "--mode", "image", "--run", trained, "--data", data_dir, "--greedy",
           "--out", tmp_path / "a")
@@ -1245,15 +1248,18 @@ def test_grids_carry_captions_and_true_ones_where_they_differ(trained, data_dir,
     differ = captions != data.test_captions[:9]
     assert (b"\0\xff\0" * 3 in (tmp_path / "a.ppm").read_bytes()) == differ
 
-def test_code_maps_show_codes_alike_in_colours_alike():
+def test_reconstructions_show_original_reconstruction_and_codes(tmp_path):
+    """Codes alike in colours alike: here a code's number is its brightness."""
     vqvae = VQVAE(8, 16, 2)
-    vqvae.codebook.weight.data = torch.arange(16.0)[:, None].expand(16, 2)
-    maps = mmgen.code_maps(vqvae, torch.arange(49)[None] % 16)  # (1,28,28,3)
-    colors = maps[0, ::4, ::4].reshape(49, 3)[:16].astype(int)
-    steps = np.abs(np.diff(colors, axis=0)).sum(1)
-    assert maps.shape == (1, 28, 28, 3) and len(np.unique(colors, axis=0)) > 10
-    assert steps.max() < np.abs(colors[0] - colors[-1]).sum() / 8
-    assert (maps[0, :4, :4] == maps[0, 0, 0]).all()
+    vqvae.codebook.weight.data = torch.linspace(-2, 2, 16)[:, None].expand(16, 2)
+    images = drawn(3, 1)["train_images"]
+    mmgen.report_codebook(vqvae, images, tmp_path)
+    grid = mmgen.read_pictures(tmp_path / "results" / "reconstructions.ppm")[0]
+    original, _, codes = grid[1:113, : 3 * 114].reshape(112, 3, 114, 3)[:, :, 1:113].swapaxes(0, 1)
+    assert (original[::4, ::4] == images[0]).all()
+    tokens = mmgen.extract_tokens(vqvae, images)[0].view(7, 7).numpy()
+    red = codes[8::16, 8::16, 0].astype(int)
+    assert (np.abs(red - tokens * 17) <= 1).all() and tokens.any()
 
 def test_sample_image_from_npy_and_ppm(trained, data_dir, tmp_path):
     image = mmgen.load_data(data_dir).test_images[0]
