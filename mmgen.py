@@ -59,7 +59,7 @@ Where this departs from the notes, and why:
   * No (N, K, D) tensor of distances; a cache that is allocated once; all phases warm up and decay.
   * A laptop sees each picture a few times only, so learning per step counts. Hence, with reasons
     where they stand: a norm before the codebook, colours coded apart, normed queries and keys,
-    places counted from the last mark, links of codes to the codebook, noise, Muon, guidance.
+    links of codes to the codebook, noise, Muon, guidance.
 """
 
 import difflib
@@ -597,8 +597,8 @@ class SelfAttention(nn.Module):
 
 # --- iGPT: a causal transformer over picture tokens and words -------------------------------------
 #
-# The usual decoder-only transformer (GPT-2's pre-norm block), with two things of its own: places
-# are counted from the last mark, and the tables of the picture tokens are built from the codebook.
+# The usual decoder-only transformer (GPT-2's pre-norm block), with a thing of its own: the tables
+# of the picture tokens are built from the codebook.
 
 class Block(nn.Module):
     """Pre-norm: x + attention(norm(x)), then x + mlp(norm(x)). (B,T,d) -> (B,T,d)."""
@@ -633,9 +633,7 @@ class iGPT(nn.Module):
         self.n_heads, self.orders = n_heads, orders
         self.n_codes = 0 if codebook is None else len(codebook)  # K, as far as it is known
         self.embedding = nn.Embedding(vocab_size, d_model)
-        # A token's place is its distance from the last mark (BOS, EOT, EOI): the top left cell of a
-        # picture has ONE place in both orders, so what one order learns of pictures holds in both
-        self.places = nn.Embedding(2 * context_length, d_model)
+        self.places = nn.Embedding(context_length, d_model)
         self.blocks = nn.ModuleList(Block(d_model, n_heads, dropout) for _ in range(n_layers))
         self.norm = nn.LayerNorm(d_model)
         self.head = nn.Linear(d_model, vocab_size, bias=False)
@@ -659,25 +657,15 @@ class iGPT(nn.Module):
         codes = F.pad(codes, (0, 0, 0, self.vocab_size - len(codes)))  # words and marks get nothing
         return embedding + self.code_in(codes), output + self.code_out(codes)
 
-    def locate(self, tokens):
-        """Tokens (B,T) -> places (B,T): how far the last mark is, plus the context length where
-        that mark is an EOI, for a caption's places are others than a picture's."""
-        eot, eoi, _ = specials(self.vocab_size)
-        index = torch.arange(tokens.shape[1], device=tokens.device)  # (T,)
-        last = torch.where(tokens < eot, 0, index).cummax(1).values  # (B,T): where that mark stands
-        return index - last + self.context_length * (tokens.gather(1, last) == eoi)
-
-    def forward(self, tokens, places=None, tables=None, caches=None, position=0):
+    def forward(self, tokens, tables=None, caches=None, position=0):
         """tokens int64 (B,T) -> logits (B,T,V). Raises InputError beyond the context. The rest is
-        for decode() of Sampling: places (B,T), if the last mark stands before these tokens; tables,
-        kept from tables(), the output's rows perhaps cut; a cache a layer, of `position` tokens."""
+        for decode() of Sampling: tables, kept from tables(), the output's rows perhaps cut; a cache
+        a layer, which holds `position` tokens before these."""
         length = position + tokens.shape[1]
         if length > self.context_length:
             raise InputError(f"{length} tokens, the context holds {self.context_length}")
         embedding, output = tables or self.tables()
-        if places is None:
-            places = self.locate(tokens)
-        x = F.embedding(tokens, embedding) + self.places(places)  # (B,T,d)
+        x = F.embedding(tokens, embedding) + self.places.weight[position:length]  # (B,T,d)
         for i, block in enumerate(self.blocks):
             x = block(x, self.causal, None if caches is None else caches[i], position)
         return F.linear(self.norm(x), output)
@@ -987,9 +975,9 @@ class Trainer:
         """Have torch.compile make faster models. A batch tells whether it can, on this machine."""
         self.modules.eval()
         for disable in False, True:
-            for module in self.modules.values():
-                module.compile(disable=disable)
             try:
+                for module in self.modules.values():
+                    module.compile(disable=disable)
                 with self.autocast:
                     return self.loss(batch)["loss"].backward()
             except Exception as error:  # every backend fails in its own way
@@ -1248,11 +1236,10 @@ def decode(model, prompts, span):
     tables, tokens = (embedding, output[slice(*span)]), prompts.to(embedding.device)
     caches = embedding.new_empty(len(model.blocks), 2, len(prompts), model.n_heads,
                                  model.context_length, embedding.shape[1] // model.n_heads)
-    places, position = model.locate(tokens), 0
+    position = 0
     while True:
-        tokens = yield model(tokens, places, tables, caches, position)[:, -1]
-        position += places.shape[1]
-        places = places[:, -1:] + 1
+        logits, position = model(tokens, tables, caches, position), position + tokens.shape[1]
+        tokens = yield logits[:, -1]
 
 def guide(cond, uncond, how):
     """Guidance without a classifier (Ho & Salimans 2022): logits (B,S) with and without a condition
@@ -1367,8 +1354,8 @@ def span_sums(models, tokens, captions, order):
         logits = igpt(inputs)  # (B,T-1,V)
         nats, code = next_token_nll(logits, targets), targets < t.n_embeddings
         hits = code & (logits.argmax(2) == targets)
-        said = igpt.locate(inputs) - igpt.context_length  # words since an EOI, below 0 elsewhere
-        text = (said >= 0) & (said < t.caption_length)
+        said = (inputs == t.end_of_image_token).cumsum(1).cumsum(1)  # the EOI is 1, then 2, 3 ...
+        text = (said > 0) & (said <= t.caption_length) & (inputs != t.end_of_text_token)
         sums.append(torch.stack([nats * code, nats * text, hits, text]).sum(2))  # (4,B)
     return torch.cat(sums, 1)
 

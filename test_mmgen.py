@@ -1217,7 +1217,7 @@ def test_an_output_that_cannot_show_all_letters(trained, tmp_path):
 
 def test_a_caption_of_unusual_length_is_drawn_with_a_warning(trained, tmp_path):
     args = ["sample", "--run", trained, "--out", tmp_path / "a", "--prompt"]
-    warning = "warning: 'red seven' is no caption of 6 words"
+    warning = "warning: 'red seven' is not of [6] words"
     assert warning in works(*args, "red seven").stderr
     assert (tmp_path / "a.txt").read_text() == "red seven\n"
     assert "warning" not in works(*args, TEXTS[0]).stderr
