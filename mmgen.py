@@ -1420,41 +1420,34 @@ except ImportError:
 
 # --- Drawn digits: the embedded data set ----------------------------------------------------------
 
-# Five ways to write each digit, between ";". A way is the path of the pen: points "xxyy" in per
-# cent of a box (x to the right, y DOWN), joined by a smooth curve in the order written. A point
-# that stands twice is a corner; "/" lifts the pen. One string a digit, 0 to 9; the commonest way
-# to write a digit may appear twice, as all five are equally likely.
-STROKES = [
-    """5500 2512 1052 2688 5099 7688 9052 7612 5000; 4008 2028 1060 2288 5099 7888 9055 8020 6202;
-    6805 4003 1532 1265 4097 7890 9055 7818 5502 3512; 8500 5503 1830 1270 4599 8080 8842 7012 3515;
-    5500 2512 1052 2688 5099 7688 9052 7612 5000""",
-    """5000 5050 5099; 4212 5200 5200 5050 5099; 2525 5500 5500 5550 5599; 4700 5050 5299;
-    5500 4830 4770 5399""",
-    """1522 3005 6002 8020 7545 4575 1097 1097 5097 9097; 1520 4503 7220 5558 1588 1570 5075 9590;
-    2018 5000 7518 6550 3585 1896 1088 3080 6095 9580; 2030 3505 6505 7535 5070 1595 1595 4588 9088;
-    1522 4002 7508 7535 5570 2892 0885 2065 5072 7587 9299""",
-    """1515 4002 7510 7835 4248 4248 8060 8285 4599 1088; 1512 5002 7508 4542 4542 7055 7080 5599;
-    2510 5503 7025 4047 4047 7558 8080 5098 2092 0875; 1503 5003 8003 8003 4040 4040 7552 8280 5598
-    0890; 1510 5000 8018 5545 3551 5048 8270 7093 3599 1088""",
-    """2500 2022 1545 1545 5048 8545 / 7505 7350 7099; 2002 1535 3052 5550 9042 / 8500 7550 7099;
-    6500 4030 1065 1065 5065 9565 / 6500 6550 6599; 1505 1242 3555 6550 8505 8505 7855 7599;
-    3000 2222 1060 1060 5058 9555 / 6030 5560 5099""",
-    """3005 2845 5038 8565 7092 4099 1090 / 3005 6005 9002; 9500 4510 4510 3540 3540 6050 6872 5088
-    0899; 8803 5503 2805 2805 2245 2245 5038 8465 7092 4099 1088; 7005 3010 2042 2042 5038 8055 7588
-    4599 1592; 3510 2048 2048 5042 7560 7085 4598 1590 / 4010 6508 9500""",
-    """7002 4020 1855 1585 4599 7885 7560 5048 2065; 6000 3535 1272 3098 6592 7868 5855 3062 1580;
-    5000 2540 1575 3098 6095 7575 6062 4068 2080; 5500 4535 3575 4598 6095 6880 6068 4078;
-    3000 1230 0870 3098 7598 9575 8552 5555 4070 4588""",
-    """1008 5005 8808 8808 6050 4099; 1008 5005 8808 8808 6050 4599 / 3550 6048 8548;
-    1225 1208 1208 5005 8805 8805 5550 4599; 1038 1808 1808 5002 8505 8505 8050 7599;
-    1015 4003 7503 8522 6560 5099""",
-    """7515 5000 2512 2835 5050 8075 5099 2078 5048 7532 7515; 8515 4502 1015 2538 5050 6280 4595
-    4068 8515; 5000 2512 2535 5048 7535 7512 5000 / 5048 2065 1885 5099 8285 8065 5048; 8512 5000
-    2518 5045 7878 5099 2085 5055 8518; 2095 4055 7520 5001 2518 4548 8088 5099 2095""",
-    """8015 5002 2018 2042 4550 7540 8212 8212 8050 7599; 6008 4502 3518 4535 6025 6510 6510 6050
-    5599; 7812 4502 1825 3048 6545 8010 8010 8355 6592 2595; 8018 5503 2018 2042 5050 7835 8215 8250
-    7280 3598; 7005 3508 2028 3042 6035 7808 7808 7550 6099""",
-]
+# Five ways to write each digit, 0 to 9, between ";". A way is the path of the pen: points "xxyy" in
+# per cent of a box (x to the right, y DOWN), joined by a smooth curve in the order written. A point
+# that stands twice is a corner; "/" lifts the pen. The commonest way to write a digit may appear
+# twice, as all five are equally likely.
+STROKES = """\
+5500 2512 1052 2688 5099 7688 9052 7612 5000; 4008 2028 1060 2288 5099 7888 9055 8020 6202; 6805
+4003 1532 1265 4097 7890 9055 7818 5502 3512; 8500 5503 1830 1270 4599 8080 8842 7012 3515; 5500
+2512 1052 2688 5099 7688 9052 7612 5000; 5000 5050 5099; 4212 5200 5200 5050 5099; 2525 5500 5500
+5550 5599; 4700 5050 5299; 5500 4830 4770 5399; 1522 3005 6002 8020 7545 4575 1097 1097 5097 9097;
+1520 4503 7220 5558 1588 1570 5075 9590; 2018 5000 7518 6550 3585 1896 1088 3080 6095 9580; 2030
+3505 6505 7535 5070 1595 1595 4588 9088; 1522 4002 7508 7535 5570 2892 0885 2065 5072 7587 9299;
+1515 4002 7510 7835 4248 4248 8060 8285 4599 1088; 1512 5002 7508 4542 4542 7055 7080 5599; 2510
+5503 7025 4047 4047 7558 8080 5098 2092 0875; 1503 5003 8003 8003 4040 4040 7552 8280 5598 0890;
+1510 5000 8018 5545 3551 5048 8270 7093 3599 1088; 2500 2022 1545 1545 5048 8545 / 7505 7350 7099;
+2002 1535 3052 5550 9042 / 8500 7550 7099; 6500 4030 1065 1065 5065 9565 / 6500 6550 6599; 1505 1242
+3555 6550 8505 8505 7855 7599; 3000 2222 1060 1060 5058 9555 / 6030 5560 5099; 3005 2845 5038 8565
+7092 4099 1090 / 3005 6005 9002; 9500 4510 4510 3540 3540 6050 6872 5088 0899; 8803 5503 2805 2805
+2245 2245 5038 8465 7092 4099 1088; 7005 3010 2042 2042 5038 8055 7588 4599 1592; 3510 2048 2048
+5042 7560 7085 4598 1590 / 4010 6508 9500; 7002 4020 1855 1585 4599 7885 7560 5048 2065; 6000 3535
+1272 3098 6592 7868 5855 3062 1580; 5000 2540 1575 3098 6095 7575 6062 4068 2080; 5500 4535 3575
+4598 6095 6880 6068 4078; 3000 1230 0870 3098 7598 9575 8552 5555 4070 4588; 1008 5005 8808 8808
+6050 4099; 1008 5005 8808 8808 6050 4599 / 3550 6048 8548; 1225 1208 1208 5005 8805 8805 5550 4599;
+1038 1808 1808 5002 8505 8505 8050 7599; 1015 4003 7503 8522 6560 5099; 7515 5000 2512 2835 5050
+8075 5099 2078 5048 7532 7515; 8515 4502 1015 2538 5050 6280 4595 4068 8515; 5000 2512 2535 5048
+7535 7512 5000 / 5048 2065 1885 5099 8285 8065 5048; 8512 5000 2518 5045 7878 5099 2085 5055 8518;
+2095 4055 7520 5001 2518 4548 8088 5099 2095; 8015 5002 2018 2042 4550 7540 8212 8212 8050 7599;
+6008 4502 3518 4535 6025 6510 6510 6050 5599; 7812 4502 1825 3048 6545 8010 8010 8355 6592 2595;
+8018 5503 2018 2042 5050 7835 8215 8250 7280 3598; 7005 3508 2028 3042 6035 7808 7808 7550 6099"""
 
 def write_style(style, n, size, rng):
     """One way of STROKES in n hands -> ink (n,size,size), 0 to 255."""
@@ -1480,14 +1473,14 @@ def write_style(style, n, size, rng):
     grid = side * np.linspace(-0.7, 0.7, size)  # (n,1,size)
     # A dot is a Gaussian as wide as the pen: the product of one in x and one in y, (n,DOTS,size),
     # so that the sum over the dots is a matrix product. It is flat inside a stroke, hence clipped
-    x, y = (np.exp(-(((dots[:, :, [axis]] - grid) / pen) ** 2)) for axis in (0, 1))
+    x, y = (np.exp(-(((axis - grid) / pen) ** 2)) for axis in np.split(dots, 2, 2))
     return (280 * (y * steps / pen).mT @ x - 127).clip(0, 255)
 
 def draw_digits(labels, size, rng):
     """labels (M,) in 0..9, side in pixels, Generator -> ink (M,size,size) uint8, 255 is ink."""
     ink = np.empty((len(labels), size, size), np.uint8)
     ways = 5 * labels + rng.integers(5, size=len(labels))
-    for i, style in enumerate(";".join(STROKES).split(";")):
+    for i, style in enumerate(STROKES.split(";")):
         mine = np.flatnonzero(ways == i)
         # Some hundred at a time, or the factors of the matrix products would fill the memory
         for rows in np.array_split(mine, 1 + len(mine) * size // 20000):
@@ -1506,11 +1499,10 @@ def colorize(ink, labels, rng):
               for shade in SHADES for hue in HUES}
     pairs = [(fore, back) for fore in colors for back in colors
              if np.abs(colors[fore] - colors[back]).sum() > 0.59]  # the legible ones
-    # Picture by picture, as floats of a whole data set would take gigabytes
+    # Picture by picture, as floats of a whole data set would take gigabytes; 0.5 rounds
     images, captions = np.empty((*ink.shape, 3), np.uint8), []
     for i, (fore, back) in enumerate(rng.choice(pairs, len(ink))):
-        contrast = colors[fore] - colors[back]
-        images[i] = 255 * colors[back] + ink[i, ..., None] * contrast + 0.5  # rounds
+        images[i] = 255 * colors[back] + ink[i, ..., None] * (colors[fore] - colors[back]) + 0.5
         captions.append(f"{fore} {DIGITS[labels[i]]} on {back}")
     return images, captions
 
@@ -1520,8 +1512,8 @@ def make_drawn(n_train, n_test, size, seed):
     rng, drawn = np.random.default_rng(seed), {}
     for part, n in ("train", n_train), ("test", n_test):
         labels = rng.integers(10, size=n)
-        images, captions = colorize(draw_digits(labels, size, rng), labels, rng)
-        drawn |= {f"{part}_images": images, f"{part}_captions": captions}
+        pairs = colorize(draw_digits(labels, size, rng), labels, rng)
+        drawn[f"{part}_images"], drawn[f"{part}_captions"] = pairs
     return drawn
 
 # --- Data: three sources, one result --------------------------------------------------------------
@@ -1544,12 +1536,11 @@ def reading(path, kind):
         raise InputError(f"{path}: no readable {kind} ({why})") from None
 
 class SafeUnpickler(pickle.Unpickler):
-    """Unpickles arrays, containers, strings and numbers, and nothing that could run code.
-
-    A pickle is a program: it may name any importable function and call it. So find_class, the one
-    door to names, knows those with which NumPy pickles arrays, and has its own idea of them: arrays
-    are made of bytes that are there, never of a size that the pickle only names. (NumPy's own
-    ndarray(2**40), or codecs.encode in "hex", over and over, would fill the memory.)"""
+    """Unpickles arrays, containers, strings and numbers, and nothing that could run code. A pickle
+    is a program: it may name any importable function and call it. So find_class, the one door to
+    names, knows those with which NumPy pickles arrays, and has its own idea of them: arrays are of
+    bytes that are there, never of a size that the pickle only names. (NumPy's own ndarray(2**40) or
+    codecs.encode in "hex", over and over, would fill the memory.)"""
     KNOWN = {
         "numpy._reconstruct": lambda *_: np.empty(0),  # its state, shape and bytes, follows
         # Protocol 5 calls this instead; `form` is shape and order
@@ -1576,9 +1567,8 @@ def unpickle(path):
     return SafeUnpickler(io.BytesIO(raw)).load()
 
 def to_uint8(images, value_range="auto", name="images"):
-    """Pictures (M,H,W,3) of any accepted value range -> uint8 in 0..255, and the range's name.
-
-    Floats in [0,1] ('unit'), whole numbers 0..3 ('2bit', two bits a channel) or 0..255 ('8bit');
+    """Pictures (M,H,W,3) of any accepted value range -> uint8 in 0..255, and the range's name:
+    floats in [0,1] ('unit'), whole numbers 0..3 ('2bit', two bits a channel) or 0..255 ('8bit');
     'auto' takes the first that the largest value fits. Raises InputError for all else: another
     shape, H or W not divisible by 4, NaN, fractions above 1."""
     images = np.asarray(images)
@@ -1601,57 +1591,54 @@ def to_uint8(images, value_range="auto", name="images"):
         raise InputError(f"{name}: {images.min()} to {high} does not fit {value_range}: 0-{limit}")
     return np.round(allowed * (255 // limit)).astype(np.uint8), value_range
 
-def check_images(train, test, value_range="auto"):
-    """Training and test pictures (M,H,W,3) as to_uint8 has them, the latter in the range of the
-    former: few dark pictures alone could look like another range. Raises InputError."""
-    train, value_range = to_uint8(train, value_range, "training pictures")
-    test, _ = to_uint8(test, value_range, "test pictures")
-    log(f"pictures: {train.shape} to train on, {test.shape} to test, values {value_range}")
-    if train[0].shape != test[0].shape:
-        raise InputError("pictures of unlike sizes")
-    return train, test
-
 def check_captions(texts, images, name="texts"):
     """A list, tuple or array of captions, one a picture -> list of str, blanks made single. Raises
     InputError for another container (a dict or str has a length, too), number or kind of item."""
-    if not isinstance(texts, (list, tuple, np.ndarray)) or len(texts) != len(images):
+    if np.array(texts, object).shape != (len(images),):
         raise InputError(f"{name}: want a list of {len(images)} captions, one a picture, found "
-                         f"{type(texts).__name__} {np.shape(texts)}")
+                         f"{type(texts).__name__} {np.array(texts, object).shape}")
     for i, text in enumerate(texts):
         if not isinstance(text, str) or not text.split() or re.search("[\ud800-\udfff]", text):
             raise InputError(f"{name}: caption {i} is {text!a}, no text of words")
     return [" ".join(text.split()) for text in texts]
 
-def check_pairs(train_images, test_images, train_captions, test_captions, value_range):
-    """What any source gives -> the same, checked: two uint8 arrays (M,H,W,3), two lists of str."""
-    train, test = check_images(train_images, test_images, value_range)
-    return (train, test, check_captions(train_captions, train, "training texts"),
-            check_captions(test_captions, test, "test texts"))
+def check_data(value_range, train, test, *texts):
+    """What any source gives, training and test pictures and, if any, the captions of both -> the
+    same, checked: two uint8 arrays (M,H,W,3), two lists of str. The test pictures are in the range
+    of the others: few dark ones alone could look like another. Raises InputError."""
+    train, value_range = to_uint8(train, value_range, "training pictures")
+    test, _ = to_uint8(test, value_range, "test pictures")
+    log(f"pictures: {train.shape} to train on, {test.shape} to test, values {value_range}")
+    names = "training texts", "test texts"
+    return train, test, *map(check_captions, texts, (train, test), names)
 
-def load_pickled_data(path, value_range="auto"):
-    """mnist_colored.pkl: a dict with 'train' and 'test' -> two uint8 arrays (M,H,W,3) in 0..255."""
-    with reading(path, "pickle of a dict with 'train' and 'test'"):
-        data = unpickle(path)
-        return check_images(data["train"], data["test"], value_range)
-
+# Where load_data looks, in this order; what the first and the last hold
+SOURCES = "colored_mnist_with_text.pkl mnist_colored.pkl mnist drawn.npz".split()
 PAIRS = "train_images test_images train_texts test_texts".split()
+DRAWN = "train_images test_images train_captions test_captions".split()
+
+def load_pickled_data(path, value_range="auto", keys=("train", "test"), read=unpickle):
+    """mnist_colored.pkl, a dict with these keys or a tuple in their order -> what check_data makes
+    of it: two uint8 arrays (M,H,W,3) in 0..255. read: how to read another file. Raises InputError
+    for all else."""
+    with reading(path, f"tuple or dict of {', '.join(keys)}"):
+        data = read(path)
+        if not hasattr(data, "keys"):
+            data = dict(zip(keys, data, strict=True))
+        return check_data(value_range, *[data[key] for key in keys])
 
 def load_colored_mnist_text(path, value_range="auto"):
-    """colored_mnist_with_text.pkl, a 4-tuple or a dict of PAIRS -> train and test pictures uint8
-    (M,H,W,3) in 0..255, train and test texts. Raises InputError for all else."""
-    with reading(path, f"pickle of a 4-tuple or dict with {', '.join(PAIRS)}"):
-        data = unpickle(path)
-        if isinstance(data, dict):
-            data = [data[key] for key in PAIRS]
-        return check_pairs(*data, value_range)
+    """colored_mnist_with_text.pkl, as above, of PAIRS -> train and test pictures uint8 (M,H,W,3)
+    in 0..255, train and test texts."""
+    return load_pickled_data(path, value_range, PAIRS)
 
-def load_mnist(folder):
+def read_mnist(folder):
     """The four raw MNIST files (yann.lecun.com/exdb/mnist), gzipped or not, anywhere in a folder,
-    coloured and captioned by us -> as load_colored_mnist_text: `colorize` chooses two colours for
-    each digit. Raises InputError if one is missing or damaged."""
+    coloured and captioned by us -> train and test pictures, train and test texts: `colorize`
+    chooses two colours for each digit. Raises InputError if one is missing or damaged."""
     found, rng = [], np.random.default_rng(0)
     for name in "train-images train-labels t10k-images t10k-labels".split():
-        with reading(folder / name, "IDX file"):
+        with reading(name, "IDX file"):
             # max: of a folder and a file in it, named alike, the file
             raw = max(folder.rglob(f"{name}?idx*"), default=folder / name).read_bytes()
             if raw[:2] == b"\x1f\x8b":  # gzip, whatever the name says
@@ -1659,41 +1646,36 @@ def load_mnist(folder):
             # Header: two zero bytes, type (8 = uint8), number of axes, each length in 32 bits
             shape = struct.unpack_from(f">{raw[3]}I", raw, 4)
             found.append(np.frombuffer(raw, np.uint8, offset=4 + 4 * len(shape)).reshape(shape))
-    with reading(folder, "MNIST: labels and pictures do not fit each other"):
-        train, texts = colorize(*found[:2], rng)
-        test, test_texts = colorize(*found[2:], rng)
-        return check_pairs(train, test, texts, test_texts, "8bit")
+    train, texts = colorize(*found[:2], rng)
+    test, test_texts = colorize(*found[2:], rng)
+    return train, test, texts, test_texts
 
-DRAWN = "train_images test_images train_captions test_captions".split()  # arrays of drawn.npz
-# Where load_data looks, in this order
-SOURCES = "colored_mnist_with_text.pkl mnist_colored.pkl mnist drawn.npz".split()
-
-def load_data(folder, value_range="auto"):
+def load_data(folder, value_range="auto", captioned=False):
     """The data of a folder: the two pickles, else raw MNIST in mnist/, else drawn.npz -> Data,
-    without captions if only the pictures of the VQ-VAE are there. Raises InputError if there is
-    nothing, if picture sizes differ, and when the readers above do."""
+    without captions if there is the pickle for the VQ-VAE alone. Raises InputError then, if it is
+    to be captioned, if there is nothing, if sizes differ, and when the readers above do."""
     pairs, pictures, mnist, drawn = (Path(folder, name) for name in SOURCES)
     # The VQ-VAE needs no captions: the notes train it on a file of its own
     own = load_pickled_data(pictures, value_range) if pictures.exists() else ()
     if pairs.exists():
         data = load_colored_mnist_text(pairs, value_range)
+    elif own and captioned:
+        raise InputError(f"{folder} holds no captions: there is no {pairs.name}")
     elif own:
         data = (*own, [], [])
     elif mnist.is_dir():
-        data = load_mnist(mnist)
+        data = load_pickled_data(mnist, "8bit", PAIRS, read_mnist)
     elif drawn.exists():
-        with reading(drawn, ".npz"), np.load(drawn, allow_pickle=False) as arrays:
-            data = check_pairs(*map(arrays.__getitem__, DRAWN), "8bit")
+        data = load_pickled_data(drawn, "8bit", DRAWN, np.load)
     else:
         raise InputError(f"{folder} holds none of {', '.join(SOURCES)}: no data (`mmgen.py data "
                          f"--data {folder}` would draw some)")
-    if own and own[0][0].shape != data[0][0].shape:
-        raise InputError(f"{folder}: pictures of unlike sizes: {own[0].shape}, {data[0].shape}")
+    sizes = {images.shape[1:3] for images in (*data[:2], *own)}
+    if len(sizes) > 1:
+        raise InputError(f"{folder}: pictures of unlike sizes: {sizes}")
     return Data(*data, *own)
 
-# --- Library: the names that the notes use for what stands above ----------------------------------
-#
-# `device` is where the models are.
+# --- Library: the notes' names for what stands above; `device` is where the models are ------------
 
 def normalize_images(images, method="vqvae", value_range="auto"):
     """Pictures (M,H,W,3) in any accepted range -> float tensor (M,3,H,W), in [-1,1] for the notes'
@@ -1707,7 +1689,7 @@ class DataProcessor:
     @staticmethod
     def prepare_vqvae_data(train_data, test_data, batch_size=128, seed=0):
         """Two arrays (M,H,W,3) in any accepted range -> two Batches of (B,3,H,W) in [-1,1]."""
-        train, test = check_images(train_data, test_data)
+        train, test = check_data("auto", train_data, test_data)
         return picture_batches(train, batch_size, seed=seed), picture_batches(test, batch_size)
 
 def create_dataset(images, texts, vqvae, tokenizer, batch_size=128, orders=ORDERS[:2], seed=0):
@@ -1720,8 +1702,7 @@ def create_dataset(images, texts, vqvae, tokenizer, batch_size=128, orders=ORDER
 
 def generate_from_text(model, tokenizer, vqvae, prompt, device, how=SamplingConfig()):
     """A caption -> a picture (1,3,H,W) in [-1,1]. Raises InputError as text_encode does."""
-    tokens = Models(vqvae, model, tokenizer).images([prompt], how)
-    return vqvae.decode_tokens(tokens).detach()
+    return vqvae.decode_tokens(Models(vqvae, model, tokenizer).images([prompt], how)).detach()
 
 def generate_from_image(model, tokenizer, vqvae, image, device, how=SamplingConfig()):
     """A picture (3,H,W) in [-1,1] -> its caption."""
@@ -2110,24 +2091,18 @@ def load_models(folder, device, phase=None, any_codes=False):
 
 # --- Commands: flags become Settings, the work is done by the functions above ---------------------
 #
-# A command is a function of its Options and of a dict of its other flags, those that were given.
-# All are listed in COMMANDS, and main calls them. Whatever the user got wrong ends as one line on
-# stderr and status 2.
+# A command is a function of its Options; that of `train` also takes what was given of a Config.
+# main calls it. Whatever the user got wrong ends as one line on stderr and status 2.
 
-SAMPLE_NAMES = dict(text="text_conditioned_samples", image="image_conditioned_samples",
-                    unconditional="unconditional_samples")
-# What cannot be meant in a mode of `sample`
-SENSELESS = dict(text="image complete", image="prompt prompts",
-                 unconditional="prompt prompts image complete best_of")
+# The modes of `sample`: name of the files, flags that cannot be meant
+MODES = dict(text="text_conditioned_samples image complete",
+             image="image_conditioned_samples prompt prompts",
+             unconditional="unconditional_samples prompt prompts image complete best_of")
 
-HINTS = """
-    python mmgen.py sample --run {0} --mode text --show
-    python mmgen.py sample --run {0} --mode image --image PICTURES.npy
-    python mmgen.py eval --run {0}"""
-
-class Options(Settings):
-    """The flags of all commands beside those of Config and SamplingConfig."""
-    table = """
+class Options(SamplingConfig):
+    """The flags of all commands beside those of Config. Options say how to sample, too."""
+    table = f"""
+        general
         data         data   folder   where the data are
         run          .      folder   where the run is
         device       auto   name     cpu, cuda ...; auto: cuda if there is any
@@ -2151,6 +2126,8 @@ class Options(Settings):
         best_of      1      1..      keep that sample which makes its prompt the likeliest
         show         false  switch   draw the pictures in the terminal
         json         false  switch   JSON instead of a table
+        sampling
+        {SamplingConfig.table.strip()}
     """
     def pick_device(self):
         """-> torch.device, under torchrun a GPU for each process. Raises InputError if it is not
@@ -2163,45 +2140,32 @@ class Options(Settings):
         with reading(f"--device {name}", "device"):
             return torch.empty(1, device=name).device
 
-    def read_data(self, captions=True):
-        """-> Data. Raises InputError if captions are wanted, and there are only pictures."""
-        data = load_data(self.data, self.value_range)
-        if captions and not data.train_captions:
-            raise InputError(f"{self.data} holds no captions: there is no {SOURCES[0]}")
-        return data
-
 class Parser(argparse.ArgumentParser):
-    """argparse, but errors are raised: by itself it prints the whole usage before them. Sub-parsers
-    are of the same class."""
+    """argparse, but errors are raised: by itself it prints the whole usage before them."""
     def error(self, message):
         raise InputError(message)
 
-# What argparse makes of a flag, by the type of its default. Of all other types: parse
-ACTIONS = {str: {}, bool: {"action": "store_true"}, list: {"action": "append"}}
-
 def build_parser():
-    """-> the Parser of all COMMANDS.
-
-    A flag that is not given leaves no trace (SUPPRESS), so that defaults live in the tables only,
-    and a preset can tell what the user wants. Ranges are checked there, too, when Settings are made
-    of the flags. The help shows one default, or those of all PRESETS, and the range."""
-    parser = Parser(prog="mmgen.py", description="A small multimodal model: VQ-VAE and iGPT.")
+    """-> the Parser of all COMMANDS. A flag that is not given leaves no trace (SUPPRESS), so that
+    defaults live in the tables only, and a preset can tell what the user wants. Ranges are checked
+    when Settings are made of the flags. The help shows the default, or those of all PRESETS."""
+    parser = Parser(description="A small multimodal model: VQ-VAE and iGPT.")
     commands = parser.add_subparsers(dest="command", required=True)
-    for command, (function, names, more) in COMMANDS.items():
+    fields = Config.fields | Options.fields
+    for command, (function, names) in COMMANDS.items():
         p = commands.add_parser(command, help=function.__doc__, description=function.__doc__,
                                 argument_default=argparse.SUPPRESS, allow_abbrev=False)
-        fields = {name: Options.fields[name] for name in names.split()} | more.fields
-        groups = {"": p}
-        for name, field in fields.items():
-            if field.group not in groups:
-                groups[field.group] = p.add_argument_group(field.group)
-            flag = "-n" if name == "n" else "--" + name.replace("_", "-")
+        group = functools.cache(p.add_argument_group)  # the same title, the same group
+        for name in names.split():
+            field, flag = fields[name], "-n" if name == "n" else "--" + name.replace("_", "-")
             text = f"{field.text} ({' / '.join(map(repr, field.presets.values()))}; {field.limits})"
-            how = ACTIONS.get(type(field.default), {"type": parse})
-            groups[field.group].add_argument(flag, help=text, **how)
+            # A switch, a text that may come again, a text, or a number
+            how = {bool: {"action": "store_true"}, list: {"action": "append"}, str: {}}.get(
+                type(field.default), {"type": parse})
+            group(field.group).add_argument(flag, help=text, **how)
     return parser
 
-def command_data(options, _):
+def command_data(options):
     """Draw the embedded data set, drawn.npz."""
     if options.size % 4:
         raise InputError(f"--size {options.size}: must be divisible by 4")
@@ -2210,7 +2174,7 @@ def command_data(options, _):
     atomic_write(path, out.getvalue())
     log(f"wrote {options.train} + {options.test} pairs to {path}")
 
-def command_train(options, flags):
+def command_train(options, **flags):
     """Train a regime or a single phase."""
     if options.resume and options.overwrite:
         raise InputError("--resume is not allowed with --overwrite")
@@ -2218,34 +2182,36 @@ def command_train(options, flags):
     if preset == "auto":
         preset = "laptop" if device.type == "cpu" else "full"
         log(f"preset {preset} (device {device.type})")
-    cfg = Config.preset(preset, **flags)
+    cfg = Config.preset(preset, seed=options.seed, **flags)
     if dist.is_torchelastic_launched():  # by torchrun, as one of several processes
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     # Only the default directory is filled: any other that holds nothing may be a typing error
-    found = any(Path(options.data, name).exists() for name in SOURCES)
-    if options.data == Options.data and not found:
+    if options.data == Options.data and not any(Path(options.data, n).exists() for n in SOURCES):
         log(f"no data in {options.data}: drawing the embedded set")
-        command_data(Options(), {})
+        command_data(Options())
     wait_for_all()  # the first process has written the data
-    data = options.read_data(options.phase != "vqvae")
+    data = load_data(options.data, options.value_range, options.phase != "vqvae")
     run = Run(options.run, options.phase, cfg, data, options.resume, options.overwrite)
     wait_for_all()  # all have read the state before the first process writes a new one
     if run.state["complete"]:
         return log(f"the run in {options.run} is finished")
     with contextlib.suppress(ValueError):  # only the main thread of a program can have handlers
-        signal.signal(signal.SIGINT, run.stop)  # Ctrl-C
-        signal.signal(signal.SIGTERM, run.stop)  # kill, or the machine shuts down
+        for number in signal.SIGINT, signal.SIGTERM:  # Ctrl-C; kill, or the machine shuts down
+            signal.signal(number, run.stop)
     with run.lock, contextlib.redirect_stdout(None):  # captions are not wanted on the screen
         run.train(cfg, data, device, options.compile)
         if options.phase != "vqvae":  # a first look at what the models have learned
-            for mode in SAMPLE_NAMES if cfg.predictor == "causal" else ["text"]:
+            for mode in MODES if cfg.predictor == "causal" else ["text"]:
                 with optional():
-                    command_sample(options.but(mode=mode), {}, data)
+                    command_sample(options.but(mode=mode), data)
         run.save(complete=True)
-    log(f"trained {options.phase} in {time.monotonic() - started:.0f} s; the pictures are in "
-        f"{Path(options.run, 'results')}. What to try next:{HINTS.format(options.run)}")
+    log(f"""trained {options.phase} in {time.monotonic() - started:.0f} s; the pictures are in \
+{Path(options.run, 'results')}. What to try next:
+    python mmgen.py sample --run {options.run} --mode text --show
+    python mmgen.py sample --run {options.run} --mode image --image PICTURES.npy
+    python mmgen.py eval --run {options.run}""")
 
-def make_samples(options, models, how, prompts):
+def make_samples(options, models, prompts):
     """What `sample` writes: pictures uint8 (M,H,W,3) and M captions. prompts: captions for mode
     'text', those that end in "..." to be finished; pictures uint8 (M,H,W,3) for 'image'. best_of:
     of so many samples keep the one from which the prompt (of a completed picture the rows that were
@@ -2255,18 +2221,22 @@ def make_samples(options, models, how, prompts):
     kept = w * (options.complete or h)  # of the tokens of each picture
     prompts = np.repeat(prompts, (options.n or 1) * best_of, 0)
     if options.mode == "unconditional":
-        tokens, captions = models.pairs(options.n or 9, how)
+        tokens, captions = models.pairs(options.n or 9, options)
     elif options.mode == "text":
-        captions = [finish_caption(models, prompt, how) for prompt in prompts.tolist()]
-        tokens, judge = models.images(captions, how), 1  # p(caption | picture)
+        captions = [finish_caption(models, prompt, options) for prompt in prompts.tolist()]
+        tokens, judge = models.images(captions, options), 1  # p(caption | picture)
     else:
+        check_size(models, prompts)
         tokens, judge = extract_tokens(models.vqvae, prompts), 0  # p(picture | caption)
+        if options.complete >= h:
+            raise InputError(f"--complete {options.complete}: pictures have {h} rows of tokens")
         if options.complete:
-            begun, ends = image_prompts(models.tokenizer, tokens[:, :kept]), tokens[:, [-w, -1]]
-            tokens[:, kept:] = models.continue_images(begun[:, :-1], h * w - kept, how)  # no EOI
-            if isinstance(models.vqvae, FactoredVQVAE):  # the corners hold the colours, which stay
-                tokens[:, [-w, -1]] = ends
-        captions = models.captions(tokens, how)
+            begun = image_prompts(models.tokenizer, tokens)[:, : 2 + kept]  # BOS EOT and the rows
+            drawn = models.continue_images(begun, h * w - kept, options)
+            if isinstance(models.vqvae, FactoredVQVAE):  # its corners hold the colours, which stay
+                drawn[:, -w :: w - 1] = tokens[:, -w :: w - 1]
+            tokens[:, kept:] = drawn
+        captions = models.captions(tokens, options)
     if best_of > 1:
         score = likelihoods(models, tokens[:, :kept], captions)[judge]
         best = score.view(-1, best_of).argmax(1).cpu() + torch.arange(0, len(score), best_of)
@@ -2290,49 +2260,44 @@ def likelihoods(models, tokens, captions):
 def finish_caption(models, caption, how):
     """A caption -> itself, or, if it ends in "...", what the model makes of its beginning: at least
     a word more. Raises InputError where there is no room for one."""
-    t, begun = models.tokenizer, caption.removesuffix("...").split()
-    room = t.caption_length - len(begun)
-    if not caption.endswith("..."):
+    t, begun = models.tokenizer, caption.removesuffix("...")
+    if begun == caption:
         return caption
-    if room < 1:
-        raise InputError(f"{caption!r} leaves no room for a word")
-    text = " ".join(begun or t.words[:1])  # no caption is empty; the word is cut off again
-    prompt = text_prompts(t, [text])[:, : 2 + len(begun)]  # BOS EOI begun
-    return " ".join(begun + models.continue_captions(prompt, room, how))
+    n = len(begun.split())
+    # Any word stands for the rest, so that there must be room for one; it is cut off again
+    prompt = text_prompts(t, [f"{begun} {t.words[0]}"])[:, : 2 + n]  # BOS EOI begun
+    [rest] = models.continue_captions(prompt, t.caption_length - n, how)
+    return " ".join(f"{begun} {rest}".split())
 
-def command_sample(options, flags, data=None):
+def command_sample(options, data=None):
     """Sample pictures, captions or pairs."""
     # data: command_train has them at hand already
-    mode, how, prompts, truths = options.mode, SamplingConfig(**flags), options.prompt, []
-    for name in SENSELESS[mode].split():
-        if getattr(options, name) != getattr(Options, name):
-            raise InputError(f"{name} does not belong to mode {mode}")
-    out = options.out or Path(options.run, "results", SAMPLE_NAMES[mode])
+    mode, prompts, truths, n = options.mode, options.prompt, [], options.n or 1
+    name, *senseless = MODES[mode].split()
+    for flag in senseless:
+        if getattr(options, flag) != getattr(Options, flag):
+            raise InputError(f"{flag} does not belong to mode {mode}")
+    out = options.out or Path(options.run, "results", name)
     given = Path(options.prompts or options.image).resolve()  # no mode takes both
     if given in map(Path.resolve, sample_paths(out)):
         raise InputError(f"--out {out} would write over what was given to read")
     models = load_models(options.run, options.pick_device())
-    rows, _ = models.vqvae.grid
-    if options.complete >= rows:
-        raise InputError(f"--complete {options.complete}: pictures have {rows} rows of tokens")
     if options.prompts:
         prompts = prompts + read_captions(options.prompts)
     if options.image:
         prompts = read_pictures(options.image)
     elif not prompts and mode != "unconditional":  # nothing given: the first of the test pairs
-        data = data or options.read_data(mode == "text")
-        prompts, truths = data.test_captions[:9], []
+        data = data or load_data(options.data, options.value_range, mode == "text")
+        prompts = data.test_captions[:9]
         if mode == "image":
             prompts, truths = data.test_images[:9], prompts
-    if mode == "image":
-        check_size(models, prompts)
-    images, captions = make_samples(options, models, how, prompts)
-    n = options.n or 1
+    images, captions = make_samples(options, models, prompts)
     if options.complete:  # then what the picture shows is the model's choice
         truths = []
-    truths = np.repeat(truths, n).tolist()
-    wrong = [truth * (truth != caption) for truth, caption in zip(truths, captions)]
-    path = save_samples(out, images, captions, 1 if mode == "unconditional" else n, wrong)
+    elif truths:
+        truths = np.repeat(truths, n)
+        truths = np.where(truths == captions, "", truths)  # to be seen where the model is wrong
+    path = save_samples(out, images, captions, 1 if mode == "unconditional" else n, truths)
     print("\n".join(captions))
     if options.show:
         show_in_terminal(images)
@@ -2342,13 +2307,12 @@ def read_captions(path):
     """A text file -> its lines that are not blank. Raises InputError if there are none."""
     with reading(path, "text file"):
         raw = Path(path).read_bytes()  # some editors begin a text with a mark that tells the code
-        text = raw.decode("utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
-        captions = list(filter(str.strip, text.splitlines()))
+        captions = list(filter(str.strip, raw.decode(json.detect_encoding(raw)).splitlines()))
         if not captions:
             raise InputError("holds no caption")
         return captions
 
-def command_score(options, _):
+def command_score(options):
     """Log p of pictures and captions under the model, in nats."""
     if not options.prompts or not options.image:
         raise InputError("score wants --prompts and --image")
@@ -2365,12 +2329,12 @@ def command_score(options, _):
     for drawn, read, pair, caption in zip(*likelihoods(models, tokens, captions), captions):
         print(f"{drawn:16.3f}{read:16.3f}{pair:13.3f}  {caption}")
 
-def command_eval(options, flags):
+def command_eval(options):
     """Measure both models over the test split."""
-    how, models = SamplingConfig(**flags), load_models(options.run, options.pick_device())
-    data = options.read_data()
+    models = load_models(options.run, options.pick_device())
+    data = load_data(options.data, options.value_range, captioned=True)
     check_size(models, data.test_images)
-    figures = evaluate(models, data.test_images, data.test_captions, how, options.seed)
+    figures = evaluate(models, data.test_images, data.test_captions, options, options.seed)
     if options.json:
         return print(json.dumps(figures))
     meaning = dict(re.findall(r"^ +(\w+): (.+)", evaluate.__doc__, re.M))
@@ -2378,31 +2342,30 @@ def command_eval(options, flags):
         print(f"{name:22}{value:9.4f}  {meaning[name]}")
 
 PLACE = "data run device value_range"
-COMMANDS = {  # name: function, names of its Options, class of its other flags
-    "data": (command_data, "data train test size seed", Settings),
-    "train": (command_train, "phase preset data run resume overwrite compile device value_range",
-              Config),
-    "sample": (command_sample, "mode n prompt prompts image out complete best_of show seed "
-               + PLACE, SamplingConfig),
-    "score": (command_score, f"prompts image {PLACE}", Settings),
-    "eval": (command_eval, f"json seed {PLACE}", SamplingConfig)}
+HOW = f"{PLACE} seed {' '.join(SamplingConfig.fields)}"
+COMMANDS = {  # name: function, names of its flags
+    "data": (command_data, "data train test size seed"),
+    "train": (command_train, "phase preset data run resume overwrite compile device value_range "
+                             + " ".join(Config.fields)),
+    "sample": (command_sample, f"mode n prompt prompts image out complete best_of show {HOW}"),
+    "score": (command_score, f"prompts image {PLACE}"),
+    "eval": (command_eval, f"json {HOW}")}
 
 def main(argv):
-    """The command line: a list of words (none: help) -> the exit status.
-
-    What the user gave, and what the machine lacks, can be wrong in many ways, and each is said in
-    one line. Any other error is one of this file and keeps its traceback."""
+    """The command line: a list of words (none: help) -> the exit status. What the user gave, and
+    what the machine lacks, can be wrong in many ways, and each is said in one line. Any other error
+    is one of this file and keeps its traceback."""
     try:
         if torch.__version__ < "2.5":
             raise InputError(f"this is torch {torch.__version__}, and mmgen needs 2.5 or newer")
         flags = vars(build_parser().parse_args(argv or ["--help"]))
-        function, names, _ = COMMANDS[flags.pop("command")]
-        options = Options(**{name: flags.pop(name) for name in names.split() if name in flags})
-        function(options, flags)
+        function, _ = COMMANDS[flags.pop("command")]
+        options = Options(**{name: flags.pop(name) for name in Options.fields if name in flags})
+        function(options, **flags)
         return 0
     except (InputError, OSError, MemoryError, torch.cuda.OutOfMemoryError) as error:
-        text = " ".join((str(error) or repr(error)).split())  # it may have several lines
-        print(f"mmgen: error: {text}\n", end="", file=sys.stderr)  # written in one piece
+        # The error's text may have several lines, or none; it is written in one piece
+        sys.stderr.write(f"mmgen: error: {' '.join(str(error).split()) or repr(error)}\n")
         return 2
     except KeyboardInterrupt:
         return 130  # as shells have it: 128 + the number of the signal

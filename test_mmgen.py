@@ -204,8 +204,8 @@ def pairs(train=U8, test=U8, texts=CAPTIONS, test_texts=CAPTIONS):
     return train, test, texts, test_texts
 
 BAD_PAIRS = {
-    "no readable pickle": [b"", b"\x80\x05.", pickle.dumps(U8)[:-40]],
-    "4-tuple or dict with train_images": [
+    "no readable tuple or dict": [b"", b"\x80\x05.", pickle.dumps(U8)[:-40]],
+    "tuple or dict of train_images": [
         None, 7, [U8, U8, CAPTIONS],
         {"train_images": U8, "test_images": U8, "train_texts": CAPTIONS}],
     "training pictures: want numbers (N,H,W,3), H and W divisible by 4, found": [
@@ -230,7 +230,7 @@ BAD_PAIRS = {
     r"training texts: caption 1 is 'red \ud800'": [pairs(texts=["red", "red \ud800"] * 2)],
 }
 BAD_PICTURES = {
-    "dict with 'train' and 'test'": [{}, [U8, U8], {"train": U8}],
+    "tuple or dict of train, test": [{}, [U8], [U8] * 3, {"train": U8}],
     "test pictures: want numbers": [{"train": U8, "test": "pictures"}],
     "unlike sizes": [{"train": TALL, "test": U8}, {"train": TALL, "test": TALL}],
 }
@@ -655,8 +655,7 @@ def test_a_parallel_predictor_sees_the_caption_and_no_code():
     with pytest.raises(InputError, match="parallel"):
         models.captions(tokens, SamplingConfig())
     # Captions of unlike length together
-    images, captions = mmgen.make_samples(Options(mode="text", n=2), models, SamplingConfig(),
-                                          ["red one", TEXTS[0]])
+    images, captions = mmgen.make_samples(Options(mode="text", n=2), models, ["red one", TEXTS[0]])
     assert images.shape == (4, 28, 28, 3) and captions == ["red one"] * 2 + [TEXTS[0]] * 2
 
 @pytest.mark.parametrize("regime,phase,key", [("multi", "igpt", "test_loss"),
@@ -716,7 +715,7 @@ def test_a_begun_caption_is_completed_and_a_whole_one_kept():
         assert len(beginning) < len(text.split()) <= 6
     with pytest.raises(InputError, match="unknown word"):
         mmgen.finish_caption(models, "plain rad ...", how)
-    with pytest.raises(InputError, match="no room"):
+    with pytest.raises(InputError, match="has 7 words"):
         mmgen.finish_caption(models, TEXTS[0] + "...", how)
 
 @pytest.mark.parametrize("kind", [VQVAE, FactoredVQVAE])
@@ -726,8 +725,7 @@ def test_a_completed_picture_keeps_its_first_rows_and_its_colors(kind, monkeypat
     models = Models(vqvae, iGPT(tokenizer.vocab_size, 58, 32, 2, 2).eval(), tokenizer)
     images = drawn(4, 6)["test_images"]
     monkeypatch.setattr(mmgen, "decode_pictures", lambda _, tokens: tokens.view(-1, 7, 7))
-    made, captions = mmgen.make_samples(Options(mode="image", n=1, complete=3), models,
-                                        SamplingConfig(), images)
+    made, captions = mmgen.make_samples(Options(mode="image", n=1, complete=3), models, images)
     whole = mmgen.extract_tokens(vqvae, images).view(-1, 7, 7)
     assert torch.equal(made[:, :3], whole[:, :3]) and not torch.equal(made[:, 3:], whole[:, 3:])
     # Colours, if they are coded apart, lie in the corners
@@ -1094,13 +1092,12 @@ def test_bad_images(trained, tmp_path, message, contents):
 
 @pytest.mark.parametrize("args,message", [
     ("data --size 30 --data {tmp}", "divisible by 4"),
-    ("train --resume --overwrite", "not allowed with"),
     ("train --phase never", "phase is 'never', want str two-stage|single|"),
     ("train --n-heads 3 --d-model 32", "d_model 32 is not divisible by 3 heads"),
     ("train --preset tiny --phase igpt --run {tmp}", "does not exist"),
     ("train --preset tiny", "holds a run"),
     ("train --preset tiny --resume --vqvae-lr 0.5", "vqvae_lr"),
-    ("train --preset tiny --data {data}/drawn.npz --run {tmp}/new", "holds none of"),
+    ("train --preset tiny --data {data}/drawn.npz --run {tmp}/new", "holds no data"),
     ("eval --device quantum", "quantum"),
     ("eval --data {tmp}", "no data"),
     ("score", "wants --prompts and --image"),
@@ -1316,14 +1313,14 @@ def test_score(trained, data_dir, tmp_path):
 
 def test_best_of_several(trained, data_dir):
     data, models = mmgen.load_data(data_dir), mmgen.load_models(trained, CPU)
-    how, captions, means = SamplingConfig(), data.test_captions[:4], []
+    captions, means = data.test_captions[:4], []
     for best_of in (1, 8):
-        images, texts = mmgen.make_samples(Options(best_of=best_of), models, how, captions)
+        images, texts = mmgen.make_samples(Options(best_of=best_of), models, captions)
         assert images.shape == (4, 28, 28, 3) and texts == captions
         tokens = mmgen.extract_tokens(models.vqvae, images)
         means.append(mmgen.likelihoods(models, tokens, texts)[1].mean())
     assert means[1] > means[0]
-    images, texts = mmgen.make_samples(Options(mode="image", n=2, best_of=3), models, how,
+    images, texts = mmgen.make_samples(Options(mode="image", n=2, best_of=3), models,
                                        data.test_images[:4])
     assert (images == np.repeat(data.test_images[:4], 2, 0)).all() and len(texts) == 8
 
