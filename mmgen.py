@@ -77,34 +77,16 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
 
 class InputError(ValueError):
     """What was given cannot be used; the message says what and why, in one line."""
 
-def processes():
-    """-> (number of this process, how many train together): (0, 1) unless torchrun started us."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-def summed(tensor):
-    """A tensor -> its sum over all processes that train together."""
-    if dist.is_initialized():
-        dist.all_reduce(tensor)
-    return tensor
-
-def wait_for_all():
-    """Go on when all processes that train together are here."""
-    if dist.is_initialized():
-        dist.barrier()
-
 def log(text, end="\n"):
-    """A line for the user on stderr, from the first process alone; stdout is for results."""
-    if not processes()[0]:
-        clear = "\r\x1b[K" if sys.stderr.isatty() else ""  # track may have left its line
-        print(clear + text, file=sys.stderr, end=end, flush=True)
+    """A line for the user on stderr; stdout is for results."""
+    clear = "\r\x1b[K" if sys.stderr.isatty() else ""  # track may have left its line
+    print(clear + text, file=sys.stderr, end=end, flush=True)
 
 def track(items, what, done=0, news=str, later=0):
     """The items (an iterable with a length, after `done` others) one by one. On a terminal a line
@@ -199,8 +181,9 @@ class Config(Settings):
         predictor        causal  causal  causal  causal|parallel  parallel: all codes at once
         orders           image_text,text_image   names        of sequences, with commas; also plain
         caption_weight   1.0     20.0    1.0     0..          of words after a picture; 5 to 20
+        image_weight     1.0     0.1     1.0     0..          of picture tokens before a caption
         noise            0.0     0.3     0.0     0..1         picture tokens falsified at the input
-        augment          0.0     0.07    0.0     0..1         warp of a second copy; 0: no such copy
+        augment          0.0     0.07    0.0     0..1         warp of pictures before a caption
         igpt_epochs      30      30      30      1..          length of phase 2
         igpt_steps       0       4000    60      0..          the same in steps
         igpt_lr          1e-3    8e-3    3e-3    0..          iGPT's rate; muon: but for matrices
@@ -261,8 +244,8 @@ class Batches:
     """Batch number `step` as a function of (seed, step) alone, so that training can go on from any
     step. (A shuffled DataLoader hides its place in a generator's state.) Rows are shuffled anew in
     every epoch; a PASS, what one iteration yields and len() counts, need not be an epoch. get: row
-    numbers int64 (B,) -> a batch. n_rows: how many rows there are. seed None: in order, and not
-    shared out between processes. per_pass: batches a pass (0: an epoch)."""
+    numbers int64 (B,) -> a batch. n_rows: how many rows there are. seed None: in order.
+    per_pass: batches a pass (0: an epoch)."""
     def __init__(self, get, n_rows, batch_size, seed=None, per_pass=0):
         self.get, self.n_rows, self.batch_size, self.seed = get, n_rows, batch_size, seed
         self.per_epoch = math.ceil(n_rows / batch_size)
@@ -280,10 +263,7 @@ class Batches:
         part = slice(batch * self.batch_size, (batch + 1) * self.batch_size)
         if self.seed is None:
             return self.get(torch.arange(self.n_rows)[part])
-        rows = shuffled(self.n_rows, self.seed * 1_000_003 + epoch)[part]
-        rank, world = processes()  # share a batch in equal parts; what is lacking is taken twice
-        size = math.ceil(len(rows) / world)
-        return self.get(rows.repeat(world)[rank * size : (rank + 1) * size])
+        return self.get(shuffled(self.n_rows, self.seed * 1_000_003 + epoch)[part])
 
 def to_float(images):
     """uint8 tensor (B,H,W,3) -> float (B,3,H,W) in [-1,1]."""
@@ -410,9 +390,9 @@ class VectorQuantizer(nn.Embedding):
     def update(self, z, tokens):
         """With a training batch of features (B*h*w,D), coded as (B*h*w,): move the codes if they
         are moving averages, restart dead ones."""
-        count = summed(tokens.bincount(minlength=self.num_embeddings))[:, None]  # (K,1)
+        count = tokens.bincount(minlength=self.num_embeddings)[:, None]  # (K,1)
         if self.ema:
-            total = summed(torch.zeros_like(self.weight).index_add_(0, tokens, z))  # (K,D)
+            total = torch.zeros_like(self.weight).index_add_(0, tokens, z)  # (K,D)
             self.weight.lerp_(total / count.clamp(min=1), (1 - self.ema) * (count > 0))
         self.unused += 1
         self.unused[count[:, 0] > 0] = 0
@@ -421,10 +401,8 @@ class VectorQuantizer(nn.Embedding):
             # A feature's chance is its squared distance from the nearest code, as in k-means++
             # (Arthur and Vassilvitskii 2007): what is rare, but badly coded, gets codes, too
             error = self.distances(z).amin(1).clamp(min=1e-9)
-            rows = z[error.multinomial(int(dead.sum()), replacement=True)]
-            if dist.is_initialized():
-                dist.broadcast(rows, 0)  # all processes restart a code at the same place
-            self.weight[dead], self.unused[dead] = rows, 0
+            rows = error.multinomial(int(dead.sum()), replacement=True)
+            self.weight[dead], self.unused[dead] = z[rows], 0
 
 class ResidualBlock(nn.Sequential):
     """x + conv1x1(relu(conv3x3(relu(x)))), the VQ-VAE paper's block. (B,C,h,w) -> (B,C,h,w)."""
@@ -711,14 +689,25 @@ def make_sequences(tokens, text_ids, tokenizer, order):
 def mixed_sequences(tokens, text_ids, tokenizer, orders):
     """A batch dealt out to several orders in turn: (B,N), (B,L+1) -> (B,T)."""
     rows = torch.stack([make_sequences(tokens, text_ids, tokenizer, o) for o in orders], 1)
-    index, rank = torch.arange(len(rows)), processes()[0]
-    return rows[index, (index + rank * len(rows)) % len(orders)]  # processes may have a row each
+    index = torch.arange(len(rows))
+    return rows[index, index % len(orders)]
 
-def sequence_batches(tokenizer, orders, tokens, batch_size, text_ids, **options):
-    """Picture tokens (C*M,N), C copies of M pictures one after the other, and captions (M,L+1) ->
-    Batches of sequences (B,T), each batch in equal parts of the orders."""
+def picture_first(n_rows, orders):
+    """Which rows of such a batch begin with the picture -> bool (n_rows,). These pictures are
+    warped a bit in training. For what a model learns of strokes without a caption, it also follows
+    with one, and then draws on whatever digit the first strokes look like. Where the two kinds of
+    pictures differ, it keeps them apart, and heeds the caption."""
+    first = torch.tensor([order != "text_image" for order in orders])
+    return first[torch.arange(n_rows) % len(orders)]
+
+def sequence_batches(tokenizer, orders, tokens, batch_size, text_ids, warped=None, **options):
+    """Tokens (M,N) of pictures, tokens of the same ones warped, for picture_first, and captions
+    (M,L+1) -> Batches of sequences (B,T), each batch in equal parts of the orders."""
     def get(rows):
-        return mixed_sequences(tokens[rows], text_ids[rows % len(text_ids)], tokenizer, orders)
+        part = tokens[rows]
+        if warped is not None:
+            part = torch.where(picture_first(len(rows), orders)[:, None], warped[rows], part)
+        return mixed_sequences(part, text_ids[rows], tokenizer, orders)
     return Batches(get, len(tokens), batch_size, **options)
 
 def text_prompts(tokenizer, captions):
@@ -765,14 +754,14 @@ def next_token_nll(logits, targets):
 
 def igpt_loss(igpt, rows, cfg):
     """Sequences (B,T) -> weighted mean nats a target, a scalar, and the logits (B,T-1,V).
-    The EOTs that fill up a short caption count nothing. The words of a caption that FOLLOWS a
-    picture count caption_weight: they are 6 targets of 57, in half of the rows, but all there is to
-    captioning."""
+    The EOTs that fill up a short caption count nothing. Where the picture comes first, its tokens
+    count image_weight: what is learned there draws without a caption (see picture_first). The words
+    after it count caption_weight: they are 6 targets of 57, but all there is to captioning."""
     inputs, targets = rows[:, :-1], rows[:, 1:]
     eot, eoi, _ = specials(igpt.vocab_size)
     after_eoi = (inputs == eoi).cumsum(1) > 0  # (B,T-1)
-    captioning = after_eoi & (targets[:, :1] != eoi)  # not where the caption comes first
-    weight = torch.where(captioning, cfg.caption_weight, 1.0)
+    weight = torch.where(after_eoi, cfg.caption_weight, cfg.image_weight)
+    weight = weight.masked_fill(targets[:, :1] == eoi, 1)  # all rows that begin with the caption
     weight = weight.masked_fill((inputs == eot) & (targets == eot), 0)
     logits = igpt(with_noise(igpt, inputs, cfg.noise))
     return (next_token_nll(logits, targets) * weight).sum() / weight.sum(), logits
@@ -877,34 +866,22 @@ def create_cosine_scheduler(optimizer, warmup_steps=1000, total_steps=14_070):
 
 # --- Training: one loop. The regimes differ in the loss, the parameters and the batches -----------
 #
-# Everything random in a step follows from (seed, phase, step, process), so a run that was killed
-# can be taken up at any step and ends with the same weights, to the bit.
-
-class LossModule(nn.ModuleDict):
-    """Modules whose forward pass is the loss: what DistributedDataParallel wants to wrap."""
-    def __init__(self, modules, loss):
-        super().__init__(modules)
-        self.forward = loss
+# Everything random in a step follows from (seed, phase, step), so a run that was killed can be
+# taken up at any step and ends with the same weights, to the bit.
 
 class Trainer:
     """The training loop that the library and the command line share. A subclass has `phase`, a
     name, and loss(batch) -> dict of scalars to report, of which 'loss' has the gradient.
     model: an nn.Module, or a dict of several. optimizer: any torch optimizer over their parameters.
     cfg: a Config with the loss' weights and the seed. scheduler: stepped once a step (default: the
-    learning rates stay). bf16: matrix products in bfloat16. Under torchrun the processes share each
-    batch, and DistributedDataParallel averages the gradients. step_losses: the loss of each step.
-    """
+    learning rates stay). bf16: matrix products in bfloat16. step_losses: the loss of each step."""
     def __init__(self, model, optimizer, device, cfg=Config(), scheduler=None, bf16=False):
         modules = model if isinstance(model, dict) else {self.phase: model}
-        self.modules = self.shared = LossModule(modules, self.loss)
+        self.modules = nn.ModuleDict(modules)
         self.optimizer, self.device, self.cfg = optimizer, torch.device(device), cfg
         self.scheduler = scheduler or torch.optim.lr_scheduler.ConstantLR(optimizer, 1)
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
         self.bf16, self.step, self.step_losses = bf16, 0, []
-        if dist.is_initialized():
-            self.shared = DistributedDataParallel(
-                self.modules, forward_sync_buffers=False,
-                find_unused_parameters=len(modules) > 1)  # `single` begins without the iGPT
 
     def train(self, train_loader, test_loader, num_epochs, on_step=None, on_pass=None, later=0):
         """Train until num_epochs passes of the loader are done, going on from self.step. Loaders
@@ -936,11 +913,11 @@ class Trainer:
     def train_step(self, batch):
         """Forward, backward, clip, update, in training mode. Raises InputError, before any harm is
         done, if the loss or the gradient is not finite."""
-        noise = f"{self.cfg.seed} {self.phase} {self.step} {processes()[0]}"
+        noise = f"{self.cfg.seed} {self.phase} {self.step}"
         torch.manual_seed(zlib.crc32(noise.encode()))
         self.modules.train()
         with self.autocast:
-            loss = self.shared(batch)["loss"]
+            loss = self.loss(batch)["loss"]
         self.optimizer.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.modules.parameters(), 1.0)  # of the whole gradient
@@ -955,8 +932,7 @@ class Trainer:
     def end_pass(self, n, test_loader):
         """After n steps -> dict of figures: the mean loss of these steps, and means of all that
         loss() reports over the batches of the test."""
-        mean = torch.tensor(self.step_losses[-n:], device=self.device).mean()
-        figures = {"train_loss": summed(mean).item() / processes()[1]}
+        figures = {"train_loss": np.mean(self.step_losses[-n:]).item()}
         self.modules.eval()
         for batch in test_loader:
             for name, value in self.loss(batch).items():
@@ -1041,6 +1017,9 @@ class JointTrainer(Trainer):
         vqvae, weight = self.models.vqvae, self.lambda_now()
         # In phase 3 the iGPT knows these codes: none is restarted or a moving average
         vqvae.codebook.train(vqvae.training and self.phase == "single")
+        if vqvae.training and self.cfg.augment:
+            first = picture_first(len(x), self.models.igpt.orders)
+            x[first] = random_affine(x[first], self.cfg.augment)
         losses, z_e = vqvae_loss(vqvae, x, self.cfg)
         if weight:  # else the transformer need not even run
             losses["xent"] = self.cross_entropy(z_e, text_ids)
@@ -1151,17 +1130,18 @@ def prepare_phase(phase, cfg, data, models, device):
     models = Models(vqvae, igpt, tokenizer)
     # What batches are made of: pictures (M,H,W,3) or their tokens (M,N), and captions (M,L+1)
     make, train_ids, test_ids = picture_batches, None, None
+    passes, per_pass = phase_length(phase, cfg, len(train))
+    options = dict(seed=cfg.seed, per_pass=per_pass)
     if phase != "vqvae":
         train_ids = tokenizer.encode_batch(data.train_captions)
         test_ids = tokenizer.encode_batch(data.test_captions[FEW])
     if phase == "igpt":
         make = functools.partial(sequence_batches, tokenizer, igpt.orders)
-        images, train, test = train, extract_tokens(vqvae, train), extract_tokens(vqvae, test)
-        if cfg.augment:  # a second copy, against learning a few thousand shapes by heart
+        if cfg.augment and igpt.causal:
             torch.manual_seed(cfg.seed)
-            train = torch.cat([train, extract_tokens(vqvae, images, cfg.augment)])  # (2*M,N)
-    passes, per_pass = phase_length(phase, cfg, len(train))
-    train = make(train, cfg.batch_size, train_ids, seed=cfg.seed, per_pass=per_pass)
+            options["warped"] = extract_tokens(vqvae, train, cfg.augment)
+        train, test = extract_tokens(vqvae, train), extract_tokens(vqvae, test)
+    train = make(train, cfg.batch_size, train_ids, **options)
     trainer = phase_trainer(phase, cfg, models, device, len(train) * passes)
     return models, trainer, (train, make(test, 125, test_ids), passes)
 
@@ -1729,8 +1709,6 @@ def atomic_write(path, data, patience=0):
     systems replace no file that is open elsewhere: that is tried again for `patience` seconds."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    if processes()[0]:
-        return  # the first process writes for all
     beside = path.with_name(f".{path.name}.tmp")  # what a kill has left is written over next time
     try:
         with open(beside, "wb") as file:
@@ -1949,7 +1927,7 @@ class Run:
         os.makedirs(f"{folder}/checkpoints", exist_ok=True)
         self.lock = open(f"{folder}/checkpoints/.lock", "w")
         try:
-            if fcntl and not processes()[0]:
+            if fcntl:
                 fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             raise InputError(f"another training is at work in {folder}")
@@ -1982,9 +1960,6 @@ class Run:
 
     def on_step(self, trainer):
         """Before each step: save from time to time, and when asked to stop."""
-        # All processes stop after the same step, whichever of them were told to
-        if summed(torch.tensor(self.signal, device=trainer.device)) and not self.signal:
-            self.signal = signal.SIGTERM
         if self.signal or time.monotonic() - self.saved > SAVE_SECONDS:
             self.save(trainer=trainer.state_dict())
 
@@ -2022,7 +1997,6 @@ class Run:
             if phase != "vqvae":
                 save_igpt(f"{self.folder}/{IGPT_FILE}", models.igpt, models.tokenizer, models.vqvae)
             self.save(trainer=None, done=self.state["done"] + 1)
-            wait_for_all()  # the first process has written what all of them read next
 
 def rehearse(phases, cfg, data, models, device):
     """A few steps of each phase, on few data -> the seconds that all steps of each will take. What
@@ -2130,13 +2104,10 @@ class Options(SamplingConfig):
         {SamplingConfig.table.strip()}
     """
     def pick_device(self):
-        """-> torch.device, under torchrun a GPU for each process. Raises InputError if it is not
-        there: only making a tensor on it can tell."""
+        """-> torch.device. Raises InputError where it is not: only making a tensor on it tells."""
         name = self.device
         if name == "auto":
             name = "cuda" if torch.cuda.is_available() else "cpu"
-        if name == "cuda":
-            name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         with reading(f"--device {name}", "device"):
             return torch.empty(1, device=name).device
 
@@ -2183,16 +2154,12 @@ def command_train(options, **flags):
         preset = "laptop" if device.type == "cpu" else "full"
         log(f"preset {preset} (device {device.type})")
     cfg = Config.preset(preset, seed=options.seed, **flags)
-    if dist.is_torchelastic_launched():  # by torchrun, as one of several processes
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     # Only the default directory is filled: any other that holds nothing may be a typing error
     if options.data == Options.data and not any(Path(options.data, n).exists() for n in SOURCES):
         log(f"no data in {options.data}: drawing the embedded set")
         command_data(Options())
-    wait_for_all()  # the first process has written the data
     data = load_data(options.data, options.value_range, options.phase != "vqvae")
     run = Run(options.run, options.phase, cfg, data, options.resume, options.overwrite)
-    wait_for_all()  # all have read the state before the first process writes a new one
     if run.state["complete"]:
         return log(f"the run in {options.run} is finished")
     with contextlib.suppress(ValueError):  # only the main thread of a program can have handlers
@@ -2369,9 +2336,6 @@ def main(argv):
         return 2
     except KeyboardInterrupt:
         return 130  # as shells have it: 128 + the number of the signal
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 if __name__ == "__main__":
     for stream in sys.stdout, sys.stderr:

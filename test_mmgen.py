@@ -378,23 +378,23 @@ def test_prompts_are_the_beginnings_of_training_sequences():
     assert drawing[3].tolist() == [bos, eoi, word, *[eot] * 6, *tokens[3]]
     assert reading[3].tolist() == [bos, eot, *tokens[3], eoi, word, *[eot] * 5]
 
-def test_rows_are_dealt_out_to_the_orders_in_turn(monkeypatch):
-    """Also by processes that have a row each: together they train on both orders."""
+def test_rows_are_dealt_out_to_the_orders_in_turn():
     t, orders = Tokenizer(TEXTS, 24), ("image_text", "text_image")
     tokens, ids = torch.randint(24, (3, 49)), t.encode_batch(TEXTS)
     rows = mmgen.mixed_sequences(tokens, ids, t, orders)
     for i, order in enumerate(("image_text", "text_image", "image_text")):
         assert torch.equal(rows[i], make_sequences(tokens, ids, t, order)[i])
-    for rank, order in enumerate(orders):
-        monkeypatch.setattr(mmgen, "processes", lambda rank=rank: (rank, 2))
-        mixed = mmgen.mixed_sequences(tokens[:1], ids[:1], t, orders)
-        assert torch.equal(mixed, make_sequences(tokens[:1], ids[:1], t, order))
+    assert mmgen.picture_first(3, orders).tolist() == [True, False, True]
+    # Pictures that come before their captions are the warped ones, those after it are not
+    batch = mmgen.sequence_batches(t, orders, tokens, 3, ids, warped=tokens + 1)[0]
+    assert torch.equal(batch[1], rows[1]) and torch.equal(batch[0, 2:51], tokens[0] + 1)
 
 @pytest.mark.parametrize("order,captioning,filled", [
     ("image_text", slice(51, 57), slice(53, 57)), ("text_image", slice(0), slice(3, 8)),
     ("plain", slice(50, 57), slice(52, 57))])
 def test_what_a_target_counts(order, captioning, filled):
-    """Words after a picture caption_weight, the EOTs that fill up a short caption nothing, else 1.
+    """Words after a picture caption_weight, what comes before them image_weight, the EOTs that fill
+    up a short caption nothing, else 1.
 
     captioning, filled: places of the targets of either kind, the latter in the short row."""
     tokenizer = Tokenizer([*TEXTS, "red"], 24)
@@ -402,8 +402,8 @@ def test_what_a_target_counts(order, captioning, filled):
                           tokenizer, order)
     model = iGPT(tokenizer.vocab_size, 58, 32, 2, 2, 0.0)
     trainer = iGPTTrainer(model, torch.optim.Adam(model.parameters()), "cpu",
-                          tokenizer.vocab_size, 58, cfg=Config(caption_weight=6))
-    weight = torch.ones(2, 57)
+                          tokenizer.vocab_size, 58, cfg=Config(caption_weight=6, image_weight=0.5))
+    weight = torch.full((2, 57), 1.0 if order == "text_image" else 0.5)
     weight[:, captioning] = 6
     weight[0, filled] = 0
     log_p = model(rows[:, :-1]).log_softmax(-1).gather(2, rows[:, 1:, None])[..., 0]
@@ -975,16 +975,6 @@ def test_numbers_of_numpy_become_pythons():
         with pytest.raises(InputError):
             Config(**bad)
 
-def test_processes_draw_noise_of_their_own(monkeypatch):
-    seeds = []
-    monkeypatch.setattr(torch, "manual_seed", seeds.append)
-    for rank in (0, 1):
-        monkeypatch.setattr(mmgen, "processes", lambda rank=rank: (rank, 2))
-        vqvae = VQVAE(8, 8, 4)
-        trainer = VQVAETrainer(vqvae, torch.optim.Adam(vqvae.parameters()), "cpu")
-        trainer.train_step(torch.rand(2, 3, 28, 28))
-    assert len(set(seeds)) == 2
-
 def test_noise_falsifies_codes_and_no_words():
     _, tokenizer, igpt = small_models()
     tokens, ids = torch.randint(24, (300, 49)), tokenizer.encode_batch(TEXTS * 100)
@@ -996,17 +986,17 @@ def test_noise_falsifies_codes_and_no_words():
     for model in (plain, igpt.eval()):
         assert torch.equal(mmgen.with_noise(model, rows, 0.4), rows)
 
-def test_the_augmented_copy_has_the_captions_of_its_pictures():
-    data, models = mmgen.Data(**drawn(10, 8)), Models()
-    for phase in ("vqvae", "igpt"):
-        models, trainer, (batches, _, _) = mmgen.prepare_phase(
-            phase, tiny_config(augment=0.2, igpt_steps=10), data, models, CPU)
-        trainer.train_step(batches[0])  # spreads the codes
-    assert batches.n_rows == 20
-    rows, copies = batches.get(torch.tensor([3, 4])), batches.get(torch.tensor([13, 14]))
-    is_code = rows < 32
-    assert torch.equal(rows[~is_code], copies[~is_code])
-    assert not torch.equal(rows[is_code], copies[is_code])
+@pytest.mark.parametrize("phase", ["igpt", "single"])
+def test_pictures_that_no_caption_precedes_are_warped_in_training(phase, monkeypatch):
+    warped = []
+    monkeypatch.setattr(mmgen, "random_affine", lambda x, s: warped.append(len(x)) or x.flip(3))
+    data, cfg = mmgen.Data(**drawn(10, 8)), tiny_config(augment=0.2, lambda_warmup=0.0)
+    models, _, _ = mmgen.prepare_phase("vqvae", cfg, data, Models(), CPU)
+    _, trainer, (batches, test, _) = mmgen.prepare_phase(phase, cfg, data, models, CPU)
+    trainer.train_step(batches[0])
+    assert warped == [10 if phase == "igpt" else 5]
+    trainer.end_pass(1, test)
+    assert len(warped) == 1
 
 @pytest.mark.parametrize("order,other,missing", [
     ("image_text", "text_image", ["nll_text_to_image", "code_accuracy", "nll_text"]),
@@ -1092,12 +1082,13 @@ def test_bad_images(trained, tmp_path, message, contents):
 
 @pytest.mark.parametrize("args,message", [
     ("data --size 30 --data {tmp}", "divisible by 4"),
+    ("train --resume --overwrite", "not allowed with"),
     ("train --phase never", "phase is 'never', want str two-stage|single|"),
     ("train --n-heads 3 --d-model 32", "d_model 32 is not divisible by 3 heads"),
     ("train --preset tiny --phase igpt --run {tmp}", "does not exist"),
     ("train --preset tiny", "holds a run"),
     ("train --preset tiny --resume --vqvae-lr 0.5", "vqvae_lr"),
-    ("train --preset tiny --data {data}/drawn.npz --run {tmp}/new", "holds no data"),
+    ("train --preset tiny --data {data}/drawn.npz --run {tmp}/new", "holds none of"),
     ("eval --device quantum", "quantum"),
     ("eval --data {tmp}", "no data"),
     ("score", "wants --prompts and --image"),
@@ -1155,12 +1146,12 @@ def test_the_help_begins_with_what_matters_and_is_grouped(capsys):
     with pytest.raises(SystemExit):
         mmgen.build_parser().parse_args(["train", "--help"])
     text = capsys.readouterr().out
-    _, options, *groups = re.split(r"\n\n(?=\S.*:\n)", text)
-    flags = re.findall(r"^  (--\w+)", options, re.M)
+    _, _, *groups = re.split(r"\n\n(?=\S.*:\n)", text)
+    flags = re.findall(r"^  (--\w+)", groups[0], re.M)
     assert flags[:5] == ["--phase", "--preset", "--data", "--run", "--resume"]
-    assert [group.split(":")[0] for group in groups] == ["VQ-VAE", "iGPT", "joint training",
-                                                         "general"]
-    assert "--igpt-lr" in groups[1] and "--seed" in groups[3]
+    assert [group.split(":")[0] for group in groups] == ["general", "VQ-VAE", "iGPT",
+                                                         "joint training"]
+    assert "--igpt-lr" in groups[2] and "--seed" in groups[0]
 
 def test_a_training_says_what_it_will_do_and_what_to_try_next(tmp_path, data_dir):
     lines = works(*training("multi", data_dir, tmp_path, steps=20)).stderr.splitlines()
@@ -1313,10 +1304,10 @@ def test_score(trained, data_dir, tmp_path):
 
 def test_best_of_several(trained, data_dir):
     data, models = mmgen.load_data(data_dir), mmgen.load_models(trained, CPU)
-    captions, means = data.test_captions[:4], []
-    for best_of in (1, 8):
+    captions, means = data.test_captions, []
+    for best_of in (1, 16):
         images, texts = mmgen.make_samples(Options(best_of=best_of), models, captions)
-        assert images.shape == (4, 28, 28, 3) and texts == captions
+        assert images.shape == (16, 28, 28, 3) and texts == captions
         tokens = mmgen.extract_tokens(models.vqvae, images)
         means.append(mmgen.likelihoods(models, tokens, texts)[1].mean())
     assert means[1] > means[0]
@@ -1710,47 +1701,6 @@ def test_damaged_files_lead_to_one_clear_error(trained, tmp_path):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20  # KiB
     assert set(refusals) == {path for path, _ in files}
     print(tried, "cases,", len(refusals), "refused")
-
-def torchrun(*args):
-    return separately("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-                      "--", *args)
-
-@pytest.mark.parametrize("regime", ["multi", "single"])
-def test_two_processes_train_as_one(tmp_path, data_dir, regime):
-    one, two = (training(regime, data_dir, tmp_path / name, "--single-steps", 60, "--dropout", 0,
-                         "--ema", 0.9, "--restart", 0, "--factored", "auto")
-                for name in ("one", "two"))
-    works(*one)
-    result = torchrun(MMGEN, *two)
-    assert result.returncode == 0, result.stderr
-    assert result.stderr.count(f"trained {regime}") == 1  # the first process speaks for all
-    ends = [{row["phase"]: float(row["test_loss"]) for row in curves(tmp_path / name)}
-            for name in ("one", "two")]
-    assert ends[1] == pytest.approx(ends[0], rel=0.01)
-    assert len(list((tmp_path / "two/results").iterdir())) == 12
-
-def test_processes_agree_on_codes_that_move_and_restart(tmp_path):
-    (tmp_path / "program.py").write_text("""
-import sys, mmgen, types, torch, torch.distributed as dist
-dist.init_process_group("gloo")
-torch.manual_seed(0)
-codes = mmgen.VectorQuantizer(16, 4, ema=0.9, restart=3)
-torch.manual_seed(dist.get_rank())
-for _ in range(12):
-    codes(torch.randn(2, 4, 3, 3) + 5 * dist.get_rank())
-dist.destroy_process_group()
-found = mmgen.fingerprint(types.SimpleNamespace(codebook=codes)), (codes.weight > 2.5).sum()
-sys.stdout.write("codes %d %d;" % found)  # in one piece, for the processes share a line
-""")
-    result = torchrun(tmp_path / "program.py")
-    assert result.returncode == 0, result.stderr
-    found = re.findall(r"codes (\d+) (\d+);", result.stdout)
-    assert len(found) == 2 and found[0] == found[1]
-    assert 0 < int(found[0][1]) < 64  # the features of both processes attract codes
-
-def test_a_failing_process_ends_all_with_its_reason(tmp_path, data_dir):
-    result = torchrun(MMGEN, *training("igpt", data_dir, tmp_path))
-    assert result.returncode != 0 and re.search("mmgen: error: .* does not exist", result.stderr)
 
 
 # --- bench: `make bench` times mmgen against plain code and the machine --------------------------
