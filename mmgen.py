@@ -650,17 +650,13 @@ class iGPT(nn.Module):
 
 class ParallelPredictor(iGPT):
     """The transformer of notes B taken literally: a caption in, logits of all picture tokens out,
-    in one pass. An iGPT whose positions all see each other and whose picture tokens are blank, that
-    trains on text_image sequences. No token knows what its neighbours have chosen, which is fast,
-    and tells what an autoregressive model is good for. n_embeddings: K; the rest as for iGPT."""
+    in one pass. An iGPT, with a codebook, whose positions all see each other and whose picture
+    tokens are blank, that trains on text_image sequences. No token knows what its neighbours have
+    chosen, which is fast, and tells what an autoregressive model is good for."""
     causal = False
-    def __init__(self, n_embeddings, *options, **more):
-        super().__init__(*options, **more)
-        self.options["n_embeddings"] = self.n_embeddings = n_embeddings
-
     def forward(self, tokens):
         """text_image sequences (B,T) -> logits (B,T,V), of use where the next token is a code."""
-        blank = tokens.masked_fill(tokens < self.n_embeddings, 0)  # one code stands for all
+        blank = tokens.masked_fill(tokens < self.n_codes, 0)  # one code stands for all
         return super().forward(blank)
 
 # --- Sequences: pairs to rows of tokens. Every prompt for sampling is the start of such a row -----
@@ -722,7 +718,10 @@ def image_prompts(tokenizer, tokens):
 @torch.no_grad()
 def extract_tokens(vqvae, images, augment=0.0):
     """Run pictures uint8 (M,H,W,3) through the encoder once, not in every epoch (notes B: offline)
-    -> tokens int64 (M,N) on the CPU. augment: strength of a random_affine before."""
+    -> tokens int64 (M,N) on the CPU. augment: strength of a random_affine before. Raises InputError
+    for pictures of another size than the VQVAE's."""
+    if images.shape[1:3] != vqvae.size:
+        raise InputError(f"the model knows {vqvae.size} pictures, not {images.shape[1:3]}")
     device, out = vqvae.codebook.weight.device, []
     pixels = torch.from_numpy(np.ascontiguousarray(images))
     for part in track(pixels.split(CHUNK), "extracting tokens"):
@@ -981,14 +980,11 @@ class VQVAETrainer(Trainer):
         return vqvae_loss(self.modules["vqvae"], x.to(self.device), self.cfg)[0]
 
 class iGPTTrainer(Trainer):
-    """Phase 2: batches are sequences int64 (B,T), see sequence_batches. options: Trainer's. Raises
-    InputError if vocab_size is not the model's. sequence_length is an argument of the notes'; the
-    model itself refuses sequences beyond its context."""
+    """Phase 2: batches are sequences int64 (B,T), see sequence_batches. vocab_size, sequence_length:
+    arguments of the notes', which the model knows itself. options: Trainer's."""
     phase = "igpt"
-    def __init__(self, model, optimizer, device, vocab_size, sequence_length, **options):
+    def __init__(self, model, optimizer, device, vocab_size=0, sequence_length=0, **options):
         super().__init__(model, optimizer, device, **options)
-        if vocab_size != model.vocab_size:
-            raise InputError(f"a vocabulary of {vocab_size}, the model's is {model.vocab_size}")
 
     def loss(self, rows):
         return {"loss": igpt_loss(self.modules["igpt"], rows.to(self.device), self.cfg)[0]}
@@ -1089,7 +1085,7 @@ def new_igpt(cfg, vqvae, tokenizer):
                cfg.d_model, cfg.n_heads, cfg.n_layers, cfg.dropout, vqvae.codebook.weight)
     torch.manual_seed(cfg.seed + 1)
     if cfg.predictor == "parallel":
-        return ParallelPredictor(vqvae.n_embeddings, *options, ["text_image"])
+        return ParallelPredictor(*options, ["text_image"])
     return iGPT(*options, cfg.orders.split(","))
 
 def use_bf16(precision, device):
@@ -1161,7 +1157,7 @@ def phase_trainer(phase, cfg, models, device, total):
     if phase == "vqvae":
         return VQVAETrainer(vqvae, optimizer, device, **options)
     if phase == "igpt":
-        return iGPTTrainer(igpt, optimizer, device, igpt.vocab_size, igpt.context_length, **options)
+        return iGPTTrainer(igpt, optimizer, device, **options)
     return JointTrainer(phase, models, optimizer, device, total, **options)
 
 def train_regime(regime, cfg, data, models=None, device="cpu"):
@@ -1982,7 +1978,6 @@ class Run:
             # A kill while both models were written can leave a pair that does not fit. The state of
             # the trainer, written before, then replaces both
             models = load_models(self.folder, device, phase, bool(self.state["trainer"]))
-            check_size(models, data.train_images)
             if i == 0:  # a copy, for the steps of the rehearsal change the models
                 seconds = rehearse(phases, cfg, data, copy.deepcopy(models), device)
             models, trainer, loaders = prepare_phase(phase, cfg, data, models, device)
@@ -2047,11 +2042,6 @@ def report_codebook(vqvae, images, folder):
     grid = picture_grid(np.stack(list(itertools.chain(*triples))), together=3)
     with optional():
         save_picture(f"{folder}/results/reconstructions.ppm", grid)
-
-def check_size(models, images):
-    """Raises InputError unless pictures uint8 (M,H,W,3) are as large as the VQ-VAE's, if any."""
-    if models.vqvae and images.shape[1:3] != models.vqvae.size:
-        raise InputError(f"the model knows {models.vqvae.size} pictures, not {images.shape[1:3]}")
 
 def load_models(folder, device, phase=None, any_codes=False):
     """What is in a run directory, or what of it a phase goes on from -> Models. any_codes: see
@@ -2125,7 +2115,8 @@ def build_parser():
     fields = Config.fields | Options.fields
     for command, (function, names) in COMMANDS.items():
         p = commands.add_parser(command, help=function.__doc__, description=function.__doc__,
-                                argument_default=argparse.SUPPRESS, allow_abbrev=False)
+                                argument_default=argparse.SUPPRESS, allow_abbrev=False,
+                                usage="%(prog)s [--flag value] ...")
         group = functools.cache(p.add_argument_group)  # the same title, the same group
         for name in names.split():
             field, flag = fields[name], "-n" if name == "n" else "--" + name.replace("_", "-")
@@ -2193,7 +2184,6 @@ def make_samples(options, models, prompts):
         captions = [finish_caption(models, prompt, options) for prompt in prompts.tolist()]
         tokens, judge = models.images(captions, options), 1  # p(caption | picture)
     else:
-        check_size(models, prompts)
         tokens, judge = extract_tokens(models.vqvae, prompts), 0  # p(picture | caption)
         if options.complete >= h:
             raise InputError(f"--complete {options.complete}: pictures have {h} rows of tokens")
@@ -2290,7 +2280,6 @@ def command_score(options):
     if len(images) not in (1, len(captions)):
         raise InputError(f"{len(captions)} captions for {len(images)} pictures")
     models = load_models(options.run, options.pick_device())
-    check_size(models, images)
     tokens = extract_tokens(models.vqvae, images).expand(len(captions), -1)  # (M,N)
     print("Nats of log p\n picture|caption caption|picture         pair  caption")
     for drawn, read, pair, caption in zip(*likelihoods(models, tokens, captions), captions):
@@ -2300,7 +2289,6 @@ def command_eval(options):
     """Measure both models over the test split."""
     models = load_models(options.run, options.pick_device())
     data = load_data(options.data, options.value_range, captioned=True)
-    check_size(models, data.test_images)
     figures = evaluate(models, data.test_images, data.test_captions, options, options.seed)
     if options.json:
         return print(json.dumps(figures))

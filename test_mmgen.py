@@ -641,7 +641,7 @@ def test_the_codebook_gets_gradient_from_an_igpt_that_does_not_own_it():
 
 def test_a_parallel_predictor_sees_the_caption_and_no_code():
     vqvae, tokenizer, _ = small_models()
-    model = mmgen.ParallelPredictor(24, tokenizer.vocab_size, 58, 32, 2, 2, 0.0,
+    model = mmgen.ParallelPredictor(tokenizer.vocab_size, 58, 32, 2, 2, 0.0,
                                     vqvae.codebook.weight).eval()
     models = Models(vqvae, model, tokenizer)
     tokens, ids = torch.randint(24, (3, 49)), tokenizer.encode_batch(TEXTS)
