@@ -321,7 +321,6 @@ class Tokenizer:
         # The ids that each span of a sequence may hold, [low, high): sampling is restricted to them
         self.image_span = 0, n_embeddings
         self.text_span = n_embeddings, self.end_of_image_token  # a word, or the caption's end
-        self.start_span = self.end_of_text_token, self.bos_token  # EOT: a picture, EOI: a caption
 
     def text_encode(self, text):
         """A caption -> its word ids, int64 (words,), no specials. Raises InputError for no words,
@@ -683,26 +682,26 @@ def make_sequences(tokens, text_ids, tokenizer, order):
     return torch.cat(row, 1)
 
 def mixed_sequences(tokens, text_ids, tokenizer, orders):
-    """A batch dealt out to several orders in turn: (B,N), (B,L+1) -> (B,T)."""
-    rows = torch.stack([make_sequences(tokens, text_ids, tokenizer, o) for o in orders], 1)
-    index = torch.arange(len(rows))
-    return rows[index, index % len(orders)]
+    """A batch in equal parts of several orders, one after the other: (B,N), (B,L+1) -> (B,T)."""
+    n = len(orders)
+    parts = zip(tokens.tensor_split(n), text_ids.tensor_split(n), orders)
+    return torch.cat([make_sequences(t, ids, tokenizer, order) for t, ids, order in parts])
 
-def picture_first(n_rows, orders):
-    """Which rows of such a batch begin with the picture -> bool (n_rows,). These pictures are
-    warped a bit in training. For what a model learns of strokes without a caption, it also follows
-    with one, and then draws on whatever digit the first strokes look like. Where the two kinds of
-    pictures differ, it keeps them apart, and heeds the caption."""
-    first = torch.tensor([order != "text_image" for order in orders])
-    return first[torch.arange(n_rows) % len(orders)]
+def warp_unread(orders, plain, warped):
+    """Of two batches (B,...) of the same pictures, of which the second is warped -> one, to go with
+    mixed_sequences: warped where the picture comes before its caption. For what is learned there,
+    how strokes go on, is also followed under a caption, on to whatever digit the first strokes look
+    like. Where the two kinds of pictures differ, a model keeps them apart, and heeds the caption."""
+    n = len(orders)
+    parts = zip(plain.tensor_split(n), warped.tensor_split(n), orders)
+    return torch.cat([a if order == "text_image" else b for a, b, order in parts])
 
 def sequence_batches(tokenizer, orders, tokens, batch_size, text_ids, warped=None, **options):
-    """Tokens (M,N) of pictures, tokens of the same ones warped, for picture_first, and captions
-    (M,L+1) -> Batches of sequences (B,T), each batch in equal parts of the orders."""
+    """Tokens (M,N) of pictures and of the same ones warped, for warp_unread (default: as they are),
+    and captions (M,L+1) -> Batches of sequences (B,T), each batch in equal parts of the orders."""
+    warped = tokens if warped is None else warped
     def get(rows):
-        part = tokens[rows]
-        if warped is not None:
-            part = torch.where(picture_first(len(rows), orders)[:, None], warped[rows], part)
+        part = warp_unread(orders, tokens[rows], warped[rows])
         return mixed_sequences(part, text_ids[rows], tokenizer, orders)
     return Batches(get, len(tokens), batch_size, **options)
 
@@ -754,7 +753,7 @@ def next_token_nll(logits, targets):
 def igpt_loss(igpt, rows, cfg):
     """Sequences (B,T) -> weighted mean nats a target, a scalar, and the logits (B,T-1,V).
     The EOTs that fill up a short caption count nothing. Where the picture comes first, its tokens
-    count image_weight: what is learned there draws without a caption (see picture_first). The words
+    count image_weight: what is learned there draws without a caption (see warp_unread). The words
     after it count caption_weight: they are 6 targets of 57, but all there is to captioning."""
     inputs, targets = rows[:, :-1], rows[:, 1:]
     eot, eoi, _ = specials(igpt.vocab_size)
@@ -767,16 +766,13 @@ def igpt_loss(igpt, rows, cfg):
 
 def with_noise(igpt, inputs, most):
     """Inputs (B,T-1) -> in training the same, but of each row's picture tokens a share, drawn from
-    0 to `most`, are codes from elsewhere in the batch: a model that draws reads its own errors, and
-    should rather heed the caption. An iGPT without a codebook cannot tell codes: no noise."""
+    0 to `most`, are random codes: a model that draws reads its own errors, and should rather heed
+    the caption. An iGPT without a codebook cannot tell codes: no noise."""
     if not (most and igpt.training and igpt.n_codes):
         return inputs
-    is_code = inputs < igpt.n_codes  # (B,T-1)
-    codes = inputs[is_code]
     share = most * torch.rand(len(inputs), 1, device=inputs.device)
-    replace = is_code & (torch.rand_like(inputs, dtype=torch.float) < share)
-    others = codes[torch.randint_like(inputs, len(codes))]  # (B,T-1)
-    return torch.where(replace, others, inputs)
+    replace = (inputs < igpt.n_codes) & (torch.rand_like(inputs, dtype=torch.float) < share)
+    return torch.where(replace, torch.randint_like(inputs, igpt.n_codes), inputs)
 
 def measure_reconstruction(vqvae, images, tokens):
     """Over pictures uint8 (M,H,W,3) and their tokens (M,N): recon_mse ([-1,1] units), recon_psnr
@@ -1014,8 +1010,7 @@ class JointTrainer(Trainer):
         # In phase 3 the iGPT knows these codes: none is restarted or a moving average
         vqvae.codebook.train(vqvae.training and self.phase == "single")
         if vqvae.training and self.cfg.augment:
-            first = picture_first(len(x), self.models.igpt.orders)
-            x[first] = random_affine(x[first], self.cfg.augment)
+            x = warp_unread(self.models.igpt.orders, x, random_affine(x, self.cfg.augment))
         losses, z_e = vqvae_loss(vqvae, x, self.cfg)
         if weight:  # else the transformer need not even run
             losses["xent"] = self.cross_entropy(z_e, text_ids)
@@ -1145,8 +1140,7 @@ def phase_trainer(phase, cfg, models, device, total):
     """The Trainer of a phase of `total` steps. Learning rates are make_optimizer's; but a codebook
     that also a transformer pulls at must move slower, and in phase 3 all must, for the models have
     learned to fit each other."""
-    vqvae, igpt = models.vqvae, models.igpt
-    modules, factors = {"vqvae": vqvae, "igpt": igpt}, {"codebook": CODEBOOK}  # of `single`
+    modules, factors = {"vqvae": models.vqvae, "igpt": models.igpt}, {"codebook": CODEBOOK}
     if phase == "finetune":
         factors = dict(vqvae=cfg.finetune_lr, codebook=cfg.finetune_lr * CODEBOOK, igpt=IGPT)
     elif phase in modules:
@@ -1155,9 +1149,9 @@ def phase_trainer(phase, cfg, models, device, total):
     scheduler = create_cosine_scheduler(optimizer, int(WARMUP * total), total)
     options = dict(cfg=cfg, scheduler=scheduler, bf16=use_bf16(cfg.precision, device))
     if phase == "vqvae":
-        return VQVAETrainer(vqvae, optimizer, device, **options)
+        return VQVAETrainer(models.vqvae, optimizer, device, **options)
     if phase == "igpt":
-        return iGPTTrainer(igpt, optimizer, device, **options)
+        return iGPTTrainer(models.igpt, optimizer, device, **options)
     return JointTrainer(phase, models, optimizer, device, total, **options)
 
 def train_regime(regime, cfg, data, models=None, device="cpu"):
@@ -1294,20 +1288,12 @@ class Models:
         return self.continue_captions(prompts, self.tokenizer.caption_length, how)
 
     def pairs(self, n, how):
-        """n pairs from nothing but BOS -> picture tokens (n,N), list of n captions.
-
-        The model first chooses between EOT, a picture comes first, and EOI, a caption does. A first
-        picture had no guidance, and many show no clear digit: it is a draft, of which the caption
-        is read. All pictures are then drawn from captions. Guidance makes pairs clearer than the
-        model's own: this is no exact sample of its joint distribution."""
-        t, captions = self.tokenizer, []
-        marks = generate(self.igpt, torch.full((n, 1), t.bos_token), 1, t.start_span, how)  # (n,1)
-        for mark, times in zip(*marks.unique(return_counts=True)):  # those chosen at all
-            prompts = torch.tensor([[t.bos_token, mark]]).expand(times, 2)
-            if mark == t.end_of_text_token:
-                drafts = self.continue_images(prompts, self.vqvae.n_tokens, how)
-                prompts = image_prompts(t, drafts)  # (times,N+3)
-            captions += self.continue_captions(prompts, t.caption_length, how)
+        """n pairs from nothing: BOS EOI, a caption, and then a picture for it -> picture tokens
+        (n,N), list of n captions. Without guidance an exact sample of what the model takes pairs to
+        be. (A picture that comes first may show no clear digit.)"""
+        t = self.tokenizer
+        prompts = torch.tensor([[t.bos_token, t.end_of_image_token]]).expand(n, 2)
+        captions = self.continue_captions(prompts, t.caption_length, how)
         return self.images(captions, how), captions
 
 # --- Evaluation: what the two models are worth, over the whole test split -------------------------
@@ -2004,8 +1990,7 @@ def rehearse(phases, cfg, data, models, device):
             if step == 2:  # the first ones are slower
                 started = time.monotonic()
             trainer.train_step(loaders[0][step])
-        rows = len(data.vqvae_train if phase == "vqvae" else data.train_images)
-        steps = math.prod(phase_length(phase, cfg, rows))
+        steps = math.prod(phase_length(phase, cfg, len(data.train_images)))
         plan[f"{phase} {steps} steps"] = steps * (time.monotonic() - started) / 3
     log(f"to do: {', '.join(plan)}, about {sum(plan.values()) / 60:.0f} min on {device}, "
         f"{torch.get_num_threads()} threads, {'bf16' if trainer.bf16 else 'float32'}")
@@ -2235,9 +2220,6 @@ def command_sample(options, data=None):
         if getattr(options, flag) != getattr(Options, flag):
             raise InputError(f"{flag} does not belong to mode {mode}")
     out = options.out or Path(options.run, "results", name)
-    given = Path(options.prompts or options.image).resolve()  # no mode takes both
-    if given in map(Path.resolve, sample_paths(out)):
-        raise InputError(f"--out {out} would write over what was given to read")
     models = load_models(options.run, options.pick_device())
     if options.prompts:
         prompts = prompts + read_captions(options.prompts)
