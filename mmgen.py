@@ -164,7 +164,7 @@ class Config(Settings):
         VQ-VAE
         vqvae_dim        256     64      16      4..          channels; 64 is 12 times as fast
         vqvae_K          128     1024    32      2..          codes; more: sharper, slower iGPT
-        vqvae_D          256     64      16      2..          length of a code vector
+        vqvae_D          256     64      16      3..          length of a code vector
         factored         off     auto    off     off|on|auto  code shapes apart from colours
         beta             0.25    2.0     0.25    0..          commitment weight; 0.1 to 2 work
         extremes         0.0     0.1     0.0     0..          weight of extreme colours; 0 to 0.5
@@ -205,8 +205,6 @@ class Config(Settings):
         super().__init__(**values)
         if not set(self.orders.split(",")) <= set(ORDERS):
             raise InputError(f"orders is {self.orders}, not some of {', '.join(ORDERS)}")
-        if self.d_model % self.n_heads:
-            raise InputError(f"d_model {self.d_model} is not divisible by {self.n_heads} heads")
 
     @classmethod
     def preset(cls, preset, **changes):
@@ -419,8 +417,7 @@ class ChannelNorm(nn.LayerNorm):
 class VQVAE(nn.Module):
     """Pictures to tokens and back. VQVAE(dim=256, K=128, D=256) is the configuration of notes A.
     dim: channels. K: codes. D: length of a code. size: (H, W) of the pictures, by which flat rows
-    of tokens are folded; others pass, too, all divisible by 4. codes: VectorQuantizer's options.
-    """
+    of tokens are folded; others pass, all divisible by 4. codes: VectorQuantizer's options."""
     def __init__(self, dim=256, K=128, D=256, size=(28, 28), **codes):
         super().__init__()
         # What builds this model again, for checkpoints
@@ -545,7 +542,8 @@ class SelfAttention(nn.Module):
     normalized (Henry et al. 2020), so that large learning rates cannot blow the scores up."""
     def __init__(self, d_model, n_heads):
         super().__init__()
-        assert d_model % n_heads == 0, f"width {d_model} is not divisible by {n_heads} heads"
+        if d_model % n_heads:
+            raise InputError(f"d_model {d_model} is not divisible by {n_heads} heads")
         self.n_heads, head_dim = n_heads, d_model // n_heads
         self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)  # one product instead of three
         self.q_norm, self.k_norm = nn.LayerNorm(head_dim), nn.LayerNorm(head_dim)
@@ -691,7 +689,7 @@ def warp_unread(orders, plain, warped):
     """Of two batches (B,...) of the same pictures, of which the second is warped -> one, to go with
     mixed_sequences: warped where the picture comes before its caption. For what is learned there,
     how strokes go on, is also followed under a caption, on to whatever digit the first strokes look
-    like. Where the two kinds of pictures differ, a model keeps them apart, and heeds the caption."""
+    like. Where the two kinds of pictures differ, a model keeps them apart and heeds the caption."""
     n = len(orders)
     parts = zip(plain.tensor_split(n), warped.tensor_split(n), orders)
     return torch.cat([a if order == "text_image" else b for a, b, order in parts])
@@ -797,7 +795,7 @@ class Muon(torch.optim.Adam):
     for twice the learning."""
     LR = 0.02  # such an update has all singular values near 1, whatever the width
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self):
         """One update of all groups; sets the gradients of the orthogonal groups to None."""
         for group in self.param_groups:
             params = group["params"]
@@ -813,7 +811,7 @@ class Muon(torch.optim.Adam):
             for p, direction in zip(params, update):
                 p.sub_(direction.view_as(p), alpha=lr)
                 p.grad = None  # so that Adam passes it by
-        super().step(closure)
+        super().step()
 
     @classmethod
     def orthogonalize(cls, x):
@@ -871,8 +869,7 @@ class Trainer:
     cfg: a Config with the loss' weights and the seed. scheduler: stepped once a step (default: the
     learning rates stay). bf16: matrix products in bfloat16. step_losses: the loss of each step."""
     def __init__(self, model, optimizer, device, cfg=Config(), scheduler=None, bf16=False):
-        modules = model if isinstance(model, dict) else {self.phase: model}
-        self.modules = nn.ModuleDict(modules)
+        self.modules = nn.ModuleDict(model if isinstance(model, dict) else {self.phase: model})
         self.optimizer, self.device, self.cfg = optimizer, torch.device(device), cfg
         self.scheduler = scheduler or torch.optim.lr_scheduler.ConstantLR(optimizer, 1)
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
@@ -908,8 +905,7 @@ class Trainer:
     def train_step(self, batch):
         """Forward, backward, clip, update, in training mode. Raises InputError, before any harm is
         done, if the loss or the gradient is not finite."""
-        noise = f"{self.cfg.seed} {self.phase} {self.step}"
-        torch.manual_seed(zlib.crc32(noise.encode()))
+        torch.manual_seed(zlib.crc32(f"{self.cfg.seed} {self.phase} {self.step}".encode()))
         self.modules.train()
         with self.autocast:
             loss = self.loss(batch)["loss"]
@@ -968,16 +964,15 @@ class Trainer:
         self.scheduler.load_state_dict(state["scheduler"])
 
 class VQVAETrainer(Trainer):
-    """Phase 1: batches are pictures (B,3,H,W) in [-1,1], or begin with them, as those of a torch
-    DataLoader often do. Arguments: Trainer's."""
+    """Phase 1: batches are, or begin with, pictures (B,3,H,W) in [-1,1]. Arguments: Trainer's."""
     phase = "vqvae"
     def loss(self, batch):
         x = batch[0] if isinstance(batch, (list, tuple)) else batch
         return vqvae_loss(self.modules["vqvae"], x.to(self.device), self.cfg)[0]
 
 class iGPTTrainer(Trainer):
-    """Phase 2: batches are sequences int64 (B,T), see sequence_batches. vocab_size, sequence_length:
-    arguments of the notes', which the model knows itself. options: Trainer's."""
+    """Phase 2: batches are sequences int64 (B,T), see sequence_batches. The notes give vocab_size
+    and sequence_length, which the model itself knows. options: Trainer's."""
     phase = "igpt"
     def __init__(self, model, optimizer, device, vocab_size=0, sequence_length=0, **options):
         super().__init__(model, optimizer, device, **options)
@@ -987,10 +982,9 @@ class iGPTTrainer(Trainer):
 
 class JointTrainer(Trainer):
     """`single` and phase 3: all at once. Batches are (pictures (B,3,H,W), captions (B,L+1)).
-    L = compute_loss + lambda * xent. In `single` lambda is 0 at first, while there are no codes
-    worth predicting, then rises. A small lambda does: Adam and Muon learn the transformer as fast,
-    and a large one makes codes predictable, not exact. models: Models. total: steps of the phase.
-    """
+    L = compute_loss + lambda * xent. In `single` lambda is 0 while no codes are worth predicting,
+    then rises. A small lambda does: Adam and Muon learn the transformer as fast, and a large one
+    makes codes predictable, not exact. models: Models. total: steps of the phase."""
     TAU = 0.5  # temperature of the soft targets, in mean squared quantization errors
     RAMP = 0.05  # share of `single` in which lambda rises
     def __init__(self, phase, models, optimizer, device, total, **options):
@@ -1128,7 +1122,7 @@ def prepare_phase(phase, cfg, data, models, device):
         test_ids = tokenizer.encode_batch(data.test_captions[FEW])
     if phase == "igpt":
         make = functools.partial(sequence_batches, tokenizer, igpt.orders)
-        if cfg.augment and igpt.causal:
+        if cfg.augment:
             torch.manual_seed(cfg.seed)
             options["warped"] = extract_tokens(vqvae, train, cfg.augment)
         train, test = extract_tokens(vqvae, train), extract_tokens(vqvae, test)
@@ -1137,9 +1131,8 @@ def prepare_phase(phase, cfg, data, models, device):
     return models, trainer, (train, make(test, 125, test_ids), passes)
 
 def phase_trainer(phase, cfg, models, device, total):
-    """The Trainer of a phase of `total` steps. Learning rates are make_optimizer's; but a codebook
-    that also a transformer pulls at must move slower, and in phase 3 all must, for the models have
-    learned to fit each other."""
+    """The Trainer of a phase of `total` steps. A codebook that also a transformer pulls at learns
+    slower, and in phase 3 all do, for the models fit each other already."""
     modules, factors = {"vqvae": models.vqvae, "igpt": models.igpt}, {"codebook": CODEBOOK}
     if phase == "finetune":
         factors = dict(vqvae=cfg.finetune_lr, codebook=cfg.finetune_lr * CODEBOOK, igpt=IGPT)
@@ -1640,10 +1633,8 @@ def load_data(folder, value_range="auto", captioned=False):
 # --- Library: the notes' names for what stands above; `device` is where the models are ------------
 
 def normalize_images(images, method="vqvae", value_range="auto"):
-    """Pictures (M,H,W,3) in any accepted range -> float tensor (M,3,H,W), in [-1,1] for the notes'
-    method 'vqvae'; there is no other. Raises InputError as to_uint8 does."""
-    if method != "vqvae":
-        raise InputError(f"unknown method {method!r}: there is 'vqvae', which gives [-1,1]")
+    """Pictures (M,H,W,3) in any accepted range -> float tensor (M,3,H,W) in [-1,1], for which
+    'vqvae' is the notes' name. Raises InputError as to_uint8 does."""
     return to_float(torch.from_numpy(to_uint8(images, value_range)[0]))
 
 class DataProcessor:
@@ -2018,9 +2009,9 @@ def report_codebook(vqvae, images, folder):
         f"perplexity {figures['codebook_perplexity']:.1f}")
     if figures["codebook_used"] < 0.05 or figures["codebook_perplexity"] < 4:
         log("warning: the codebook collapsed: lower --vqvae-lr or --lambda-xent, or raise --beta")
-    # The first three numbers of a code, or all two, are red, green and blue: codes alike have
-    # colours alike. Most numbers are in -2 to 2
-    few, codes = tokens[:32], F.pad(vqvae.codebook.weight.detach().cpu(), (0, 1))
+    # The first three numbers of a code, most of them in -2 to 2, are red, green and blue: codes
+    # alike have colours alike
+    few, codes = tokens[:32], vqvae.codebook.weight.detach().cpu()
     maps = codes[few, :3].mT.unflatten(2, vqvae.grid) / 2  # (32,3,h,w)
     maps = denormalize(F.interpolate(maps, scale_factor=4))  # (32,H,W,3)
     triples = zip(images, decode_pictures(vqvae, few), maps)
@@ -2229,13 +2220,10 @@ def command_sample(options, data=None):
         data = data or load_data(options.data, options.value_range, mode == "text")
         prompts = data.test_captions[:9]
         if mode == "image":
-            prompts, truths = data.test_images[:9], prompts
+            prompts, truths = data.test_images[:9], np.repeat(prompts, n)
     images, captions = make_samples(options, models, prompts)
-    if options.complete:  # then what the picture shows is the model's choice
-        truths = []
-    elif truths:
-        truths = np.repeat(truths, n)
-        truths = np.where(truths == captions, "", truths)  # to be seen where the model is wrong
+    if len(truths):  # shown where the model is wrong; what it completes is its own choice
+        truths = np.where((truths == captions) | (options.complete > 0), "", truths)
     path = save_samples(out, images, captions, 1 if mode == "unconditional" else n, truths)
     print("\n".join(captions))
     if options.show:
@@ -2308,6 +2296,5 @@ def main(argv):
         return 130  # as shells have it: 128 + the number of the signal
 
 if __name__ == "__main__":
-    for stream in sys.stdout, sys.stderr:
-        stream.reconfigure(errors="replace")  # not every terminal can show every letter
+    sys.stdout.reconfigure(errors="replace")  # not every terminal can show every letter
     sys.exit(main(sys.argv[1:]))
