@@ -45,7 +45,7 @@ Symbols of the shape comments:
     N  = h*w, tokens a picture    K  codes in the codebook        D  length of a code vector
     T  tokens in a sequence       L  words in the longest caption    d  width of the transformer
     V  vocabulary = K codes, then the sorted caption words, then the three marks
-    M  rows of a data set         S  tokens that a span may hold     C  channels, copies of a set
+    M  rows of a data set         S  tokens that a span may hold     C  channels
     z_e  encoder output           z_q  the nearest code vectors      sg  stop gradient: detach
 A mark, EOT, EOI or BOS, says what comes next in a sequence. A phase is one training of one or both
 models; a regime is a list of phases.
@@ -190,13 +190,13 @@ class Config(Settings):
         joint training
         single_epochs    30      30      30      1..          length of `single`
         single_steps     0       3900    80      0..          the same in steps
-        finetune_epochs  3       3       3       0..          phase 3, 0.05-0.2 of phase 1; 0: none
-        finetune_steps   0       175     10      0..          the same in steps
+        finetune_epochs  3       3       3       0..          length of phase 3
+        finetune_steps   0       175     10      0..          the same in steps; 0 of both: none
         finetune_lr      0.01    0.002   0.01    0..          VQ-VAE's rates in phase 3, relative
         lambda_xent      0.003   0.003   0.003   0..          of cross-entropy; 0.1: codes collapse
         lambda_warmup    0.3     0.15    0.3     0..1         share of `single` in which that is 0
         general
-        batch_size       128     32      16      1..          32 learns most a second on a CPU
+        batch_size       128     32      16      3..          32 learns most a second on a CPU
         optimizer        adam    muon    adam    adam|muon    muon: orthogonal steps for matrices
         precision        auto    auto    fp32    auto|fp32|bf16  of products; auto: bf16 if fast
         seed             0       0       0       0..2147483648   of weights, batches and noise
@@ -303,8 +303,8 @@ def specials(vocab_size):
 
 class Tokenizer:
     """Words to token ids and back (notes A, "multimodal token processing"). texts: the captions
-    whose words make the vocabulary. n_embeddings: K. lengths: numbers of words that captions may
-    have, by default those of the texts. Raises InputError if there is no word."""
+    whose words make the vocabulary. n_embeddings: K. lengths: the usual numbers of words, ascending
+    (default: the texts'). Raises InputError if there is no word."""
     def __init__(self, texts, n_embeddings, lengths=None):
         captions = [text.split() for text in texts]
         self.words = sorted(set().union(*captions))  # sorted: the same ids in every process
@@ -358,10 +358,10 @@ class Tokenizer:
 class VectorQuantizer(nn.Embedding):
     """The codebook, K vectors of length D, and the search for the nearest (van den Oord 2017).
     ema 0: the codebook learns by gradient, through the codebook term of compute_loss. ema in (0,1):
-    each code is a moving average, of this decay, of the features it was the nearest to (appendix A
-    of the paper; in phase 3 by gradient). restart: a code unused for more than so many batches
-    is put onto a feature, as are all that the first batch does not use (0: never). In eval mode
-    nothing moves."""
+    each code is a moving average, of this decay, of the features it was the nearest to (simpler
+    than appendix A of the paper; in phase 3 by gradient). restart: a code unused for more than so
+    many batches is put onto a feature, as are all that the first batch does not use (0: never). In
+    eval mode nothing moves."""
     def __init__(self, K, D, ema=0.0, restart=100):
         super().__init__(K, D)  # self.weight (K,D), normal numbers, like the normed features
         self.weight.requires_grad_(not ema)
@@ -397,7 +397,7 @@ class VectorQuantizer(nn.Embedding):
         if dead.any():
             # A feature's chance is its squared distance from the nearest code, as in k-means++
             # (Arthur and Vassilvitskii 2007): what is rare, but badly coded, gets codes, too
-            error = self.distances(z).amin(1).clamp(min=1e-9)
+            error = self.distances(z).amin(1).clamp(min=1e-9).nan_to_num(1)
             rows = error.multinomial(int(dead.sum()), replacement=True)
             self.weight[dead], self.unused[dead] = z[rows], 0
 
@@ -485,8 +485,8 @@ def join_colors(mask, colors):
     return ground.lerp(ink, mask)
 
 def two_colored(images):
-    """Pictures uint8 (M,H,W,3) -> are they two colours and their blends, each? Then they lose next
-    to nothing when they are split and joined again; one in twenty will tell."""
+    """Pictures uint8 (M,H,W,3) -> are they two colours and their blends? Then they lose next to
+    nothing on average when they are split and joined again; one in twenty will tell."""
     x = to_float(torch.from_numpy(images[::20]))
     return F.mse_loss(join_colors(*split_colors(x)), x).item() < 0.002
 
@@ -503,7 +503,7 @@ class FactoredVQVAE(VQVAE):
         dim, D = self.options["dim"], self.options["D"]
         self.colors_in = nn.Sequential(nn.Linear(6, dim), nn.ReLU(), nn.Linear(dim, 4 * D))
         self.colors_out = nn.Sequential(nn.Linear(4 * D, dim), nn.ReLU(), nn.Linear(dim, 6))
-        self.norm = ChannelNorm(D)  # of shape and colour together, in the corners
+        self.norm = ChannelNorm(D)  # once more: the corners now hold colour, too
 
     def encode(self, x):
         mask, colors = split_colors(x)
@@ -539,7 +539,7 @@ def compute_loss(x, recon_x, z_e, z_q, beta=Config.beta, extremes=0.0):
 
 class SelfAttention(nn.Module):
     """Multi-head self-attention (Vaswani et al. 2017): (B,T,d) -> (B,T,d). Queries and keys are
-    normalized (Henry et al. 2020), so that large learning rates cannot blow the scores up."""
+    normalized (Dehghani et al. 2023), so that large learning rates cannot blow the scores up."""
     def __init__(self, d_model, n_heads):
         super().__init__()
         if d_model % n_heads:
@@ -647,9 +647,9 @@ class iGPT(nn.Module):
 
 class ParallelPredictor(iGPT):
     """The transformer of notes B taken literally: a caption in, logits of all picture tokens out,
-    in one pass. An iGPT, with a codebook, whose positions all see each other and whose picture
-    tokens are blank, that trains on text_image sequences. No token knows what its neighbours have
-    chosen, which is fast, and tells what an autoregressive model is good for."""
+    in one pass. An iGPT (with a codebook, or it cannot tell codes) whose positions all see each
+    other and whose picture tokens are blank, that trains on text_image sequences. No token knows
+    what its neighbours have chosen: fast, and it shows what an autoregressive model is good for."""
     causal = False
     def forward(self, tokens):
         """text_image sequences (B,T) -> logits (B,T,V), of use where the next token is a code."""
@@ -668,7 +668,7 @@ class ParallelPredictor(iGPT):
 def make_sequences(tokens, text_ids, tokenizer, order):
     """Picture tokens (B,N) and captions (B,L+1) from Tokenizer.encode_batch -> sequences
     int64 (B,N+L+3) in one of the ORDERS. A caption shorter than L is followed by more than one EOT,
-    so that all captions are as long, and a picture comes after the last."""
+    so that all captions are equally long, and a picture comes after the last."""
     marks = tokens.new_tensor(specials(tokenizer.vocab_size)).expand(len(tokens), 3)
     eot, eoi, bos = marks.split(1, dim=1)  # (B,1) each
     if order == "image_text":  # a caption of length L needs no EOT: nothing comes after it
@@ -685,21 +685,21 @@ def mixed_sequences(tokens, text_ids, tokenizer, orders):
     parts = zip(tokens.tensor_split(n), text_ids.tensor_split(n), orders)
     return torch.cat([make_sequences(t, ids, tokenizer, order) for t, ids, order in parts])
 
-def warp_unread(orders, plain, warped):
-    """Of two batches (B,...) of the same pictures, of which the second is warped -> one, to go with
-    mixed_sequences: warped where the picture comes before its caption. For what is learned there,
-    how strokes go on, is also followed under a caption, on to whatever digit the first strokes look
-    like. Where the two kinds of pictures differ, a model keeps them apart and heeds the caption."""
+def pick_warped(orders, plain, warped):
+    """Two batches (B,...) of the same pictures -> one to go with mixed_sequences: warped where a
+    picture comes before its caption, else plain. How strokes go on without a caption, a model also
+    follows under one, to whatever digit the first strokes look like. Where the pictures differ, it
+    keeps the two apart and heeds the caption."""
     n = len(orders)
     parts = zip(plain.tensor_split(n), warped.tensor_split(n), orders)
     return torch.cat([a if order == "text_image" else b for a, b, order in parts])
 
 def sequence_batches(tokenizer, orders, tokens, batch_size, text_ids, warped=None, **options):
-    """Tokens (M,N) of pictures and of the same ones warped, for warp_unread (default: as they are),
+    """Tokens (M,N) of pictures and of the same ones warped, for pick_warped (default: as they are),
     and captions (M,L+1) -> Batches of sequences (B,T), each batch in equal parts of the orders."""
     warped = tokens if warped is None else warped
     def get(rows):
-        part = warp_unread(orders, tokens[rows], warped[rows])
+        part = pick_warped(orders, tokens[rows], warped[rows])
         return mixed_sequences(part, text_ids[rows], tokenizer, orders)
     return Batches(get, len(tokens), batch_size, **options)
 
@@ -751,7 +751,7 @@ def next_token_nll(logits, targets):
 def igpt_loss(igpt, rows, cfg):
     """Sequences (B,T) -> weighted mean nats a target, a scalar, and the logits (B,T-1,V).
     The EOTs that fill up a short caption count nothing. Where the picture comes first, its tokens
-    count image_weight: what is learned there draws without a caption (see warp_unread). The words
+    count image_weight: what is learned there draws without a caption (see pick_warped). The words
     after it count caption_weight: they are 6 targets of 57, but all there is to captioning."""
     inputs, targets = rows[:, :-1], rows[:, 1:]
     eot, eoi, _ = specials(igpt.vocab_size)
@@ -880,7 +880,7 @@ class Trainer:
         are Batches, or any iterables of batches with a length; a pass is what the notes call an
         epoch. on_step(trainer) is called before each step, on_pass(row) after each pass with a dict
         of its figures. later: see track. Returns (train_losses, test_losses), a float for each pass
-        made here, and leaves the modules in eval mode. Raises InputError as train_step does."""
+        made here, which leaves the modules in eval mode. Raises InputError as train_step does."""
         n, train_losses, test_losses = len(train_loader), [], []
         steps = range(self.step, n * num_epochs)
         batches = itertools.chain.from_iterable(itertools.repeat(train_loader))
@@ -903,8 +903,8 @@ class Trainer:
         return train_losses, test_losses
 
     def train_step(self, batch):
-        """Forward, backward, clip, update, in training mode. Raises InputError, before any harm is
-        done, if the loss or the gradient is not finite."""
+        """Forward, backward, clip, update, in training mode. Raises InputError, before the
+        optimizer's step, if the loss or the gradient is not finite."""
         torch.manual_seed(zlib.crc32(f"{self.cfg.seed} {self.phase} {self.step}".encode()))
         self.modules.train()
         with self.autocast:
@@ -972,7 +972,7 @@ class VQVAETrainer(Trainer):
 
 class iGPTTrainer(Trainer):
     """Phase 2: batches are sequences int64 (B,T), see sequence_batches. The notes give vocab_size
-    and sequence_length, which the model itself knows. options: Trainer's."""
+    and sequence_length, which the model itself knows. options: Trainer's, by name."""
     phase = "igpt"
     def __init__(self, model, optimizer, device, vocab_size=0, sequence_length=0, **options):
         super().__init__(model, optimizer, device, **options)
@@ -982,9 +982,9 @@ class iGPTTrainer(Trainer):
 
 class JointTrainer(Trainer):
     """`single` and phase 3: all at once. Batches are (pictures (B,3,H,W), captions (B,L+1)).
-    L = compute_loss + lambda * xent. In `single` lambda is 0 while no codes are worth predicting,
-    then rises. A small lambda does: Adam and Muon learn the transformer as fast, and a large one
-    makes codes predictable, not exact. models: Models. total: steps of the phase."""
+    The loss is compute_loss + lambda * xent. In `single` lambda is 0 at first, while no codes are
+    worth predicting, then rises. A small lambda does: Adam and Muon learn the transformer as fast,
+    and a large one makes codes predictable, not exact. models: Models. total: the phase's steps."""
     TAU = 0.5  # temperature of the soft targets, in mean squared quantization errors
     RAMP = 0.05  # share of `single` in which lambda rises
     def __init__(self, phase, models, optimizer, device, total, **options):
@@ -1004,7 +1004,7 @@ class JointTrainer(Trainer):
         # In phase 3 the iGPT knows these codes: none is restarted or a moving average
         vqvae.codebook.train(vqvae.training and self.phase == "single")
         if vqvae.training and self.cfg.augment:
-            x = warp_unread(self.models.igpt.orders, x, random_affine(x, self.cfg.augment))
+            x = pick_warped(self.models.igpt.orders, x, random_affine(x, self.cfg.augment))
         losses, z_e = vqvae_loss(vqvae, x, self.cfg)
         if weight:  # else the transformer need not even run
             losses["xent"] = self.cross_entropy(z_e, text_ids)
@@ -1032,11 +1032,11 @@ class JointTrainer(Trainer):
 
 # --- Regimes: which phases train which models on what (notes B) -----------------------------------
 #
-#     phase      makes anew     trains    on
-#     vqvae      VQ-VAE         VQ-VAE    pictures, which may be others than those of the pairs
-#     igpt       iGPT           iGPT      sequences of tokens that are extracted once
-#     single     both           both      pictures and captions
-#     finetune   nothing        both      pictures and captions, for a short time
+#     phase (number)  makes anew  trains    on
+#     vqvae (1)       VQ-VAE      VQ-VAE    pictures, which may be others than those of the pairs
+#     igpt (2)        iGPT        iGPT      sequences of tokens that are extracted once
+#     single          both        both      pictures and captions
+#     finetune (3)    nothing     both      pictures and captions, for a short time
 
 REGIMES = {
     "two-stage": ("vqvae", "igpt"), "single": ("single",), "multi": ("vqvae", "igpt", "finetune"),
@@ -1087,7 +1087,7 @@ def use_bf16(precision, device):
     return device.type == "cpu" and able.get("avx512_bf16", False)
 
 def phase_length(phase, cfg, n_rows):
-    """-> number of passes, batches a pass. A length in steps is rounded up to about ten passes."""
+    """-> number of passes, batches a pass. A length in steps is cut into ten passes or less."""
     steps = getattr(cfg, f"{phase}_steps")
     if not steps:
         return getattr(cfg, f"{phase}_epochs"), math.ceil(n_rows / cfg.batch_size)
@@ -1282,8 +1282,8 @@ class Models:
 
     def pairs(self, n, how):
         """n pairs from nothing: BOS EOI, a caption, and then a picture for it -> picture tokens
-        (n,N), list of n captions. Without guidance an exact sample of what the model takes pairs to
-        be. (A picture that comes first may show no clear digit.)"""
+        (n,N), list of n captions. (A picture that comes first may show no clear digit, and training
+        does not ask for more, see igpt_loss.)"""
         t = self.tokenizer
         prompts = torch.tensor([[t.bos_token, t.end_of_image_token]]).expand(n, 2)
         captions = self.continue_captions(prompts, t.caption_length, how)
@@ -1406,7 +1406,7 @@ STROKES = """\
 
 def write_style(style, n, size, rng):
     """One way of STROKES in n hands -> ink (n,size,size), 0 to 255."""
-    dots = []  # along the path of the pen, (n,DOTS,2), in boxes
+    dots = []  # along the path of the pen, (n,dots,2), in boxes
     for stroke in style.split("/"):
         points = np.array([divmod(int(word), 100) for word in stroke.split()]) / 99  # (P,2)
         # A dot is a mean of the points, above all of those that it is near to in time. Time runs
@@ -1426,7 +1426,7 @@ def write_style(style, n, size, rng):
     pen = np.exp(rng.normal(-2.5, 0.27, (n, 1, 1)))
     side = np.ptp(dots, 1).max(1)[:, None, None] + pen
     grid = side * np.linspace(-0.7, 0.7, size)  # (n,1,size)
-    # A dot is a Gaussian as wide as the pen: the product of one in x and one in y, (n,DOTS,size),
+    # A dot is a Gaussian as wide as the pen: the product of one in x and one in y, (n,dots,size),
     # so that the sum over the dots is a matrix product. It is flat inside a stroke, hence clipped
     x, y = (np.exp(-(((axis - grid) / pen) ** 2)) for axis in np.split(dots, 2, 2))
     return (280 * (y * steps / pen).mT @ x - 127).clip(0, 255)
@@ -1797,10 +1797,10 @@ def read_pictures(path):
 # Small letters: six columns of 8 pixels each, a byte a column. The last stands for all others
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.: "
 GLYPHS = np.unpackbits(np.frombuffer(bytes.fromhex("""
-    00021515150f 007f1111110e 000e11111111 000e1111117f 000e1515150c 00103f504000 00182525253e
+    00021515150f 007f1111110e 000e11111111 000e1111117f 000e1515150c 00103f504000 00091515151e
     007f1010100f 0000115f0100 000201115e00 007f040a1100 0000417f0100 001f100f100f 001f1010100f
-    000e1111110e 003f24242418 00182424243f 001f08101000 000915151512 00107e111100 001e0101011f
-    001c0201021c 001e011e011e 00110a040a11 00380505053e 001113151911 003e4549513e 0000217f0100
+    000e1111110e 001f14141408 00081414141f 001f08101000 000915151512 00107e111100 001e0101011f
+    001c0201021c 001e011e011e 00110a040a11 00190505051e 001113151911 003e4549513e 0000217f0100
     002143454931 002241494936 000c14247f04 00725151514e 001e29494906 0040434c5060 003649494936
     003049494a3c 000003030000 00001b1b0000 000000000000 007f4141417f
     """), np.uint8)).reshape(-1, 6, 8)
