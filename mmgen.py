@@ -171,7 +171,7 @@ class Config(Settings):
         ema              0.0     0.0     0.0     0..0.9999    codes as moving averages, decay; 0: no
         restart          100     50      100     0..          restart codes unused for longer; 0: no
         vqvae_epochs     30      30      30      1..          length of phase 1
-        vqvae_steps      0       3500    60      0..          the same in steps
+        vqvae_steps      0       3500    60      0..          the same in steps; 0: in epochs
         vqvae_lr         1e-3    3e-3    3e-3    0..          VQ-VAE's rate; muon: but for matrices
         iGPT
         d_model          128     128     32      4..          width of the iGPT
@@ -180,18 +180,18 @@ class Config(Settings):
         dropout          0.1     0.0     0.1     0..0.9       in blocks; 0 for runs of few epochs
         predictor        causal  causal  causal  causal|parallel  parallel: all codes at once
         orders           image_text,text_image   names        of sequences, with commas; also plain
-        caption_weight   1.0     20.0    1.0     0..          of words after a picture; 5 to 20
+        caption_weight   1.0     6.0     1.0     0..          of words after a picture; 5 to 20
         image_weight     1.0     0.1     1.0     0..          of picture tokens before a caption
         noise            0.0     0.3     0.0     0..1         picture tokens falsified at the input
         augment          0.0     0.07    0.0     0..1         warp of pictures before a caption
         igpt_epochs      30      30      30      1..          length of phase 2
-        igpt_steps       0       4000    60      0..          the same in steps
+        igpt_steps       0       4000    60      0..          the same in steps; 0: in epochs
         igpt_lr          1e-3    8e-3    3e-3    0..          iGPT's rate; muon: but for matrices
         joint training
         single_epochs    30      30      30      1..          length of `single`
-        single_steps     0       3900    80      0..          the same in steps
-        finetune_epochs  3       3       3       0..          length of phase 3
-        finetune_steps   0       175     10      0..          the same in steps; 0 of both: none
+        single_steps     0       3900    80      0..          the same in steps; 0: in epochs
+        finetune_epochs  3       3       3       0..          length of phase 3; 0: none
+        finetune_steps   0       175     10      0..          the same in steps; 0: in epochs
         finetune_lr      0.01    0.002   0.01    0..          VQ-VAE's rates in phase 3, relative
         lambda_xent      0.003   0.003   0.003   0..          of cross-entropy; 0.1: codes collapse
         lambda_warmup    0.3     0.15    0.3     0..1         share of `single` in which that is 0
@@ -1758,7 +1758,7 @@ def load_igpt(path, vqvae, device="cpu", any_codes=False):
     content = load_checkpoint(path)
     with reading(path, "iGPT"):
         if not any_codes and content["codebook"] != fingerprint(vqvae):
-            raise InputError("was trained on the codes of another VQ-VAE: train the iGPT anew")
+            raise InputError("was trained on other codes: train --phase igpt --overwrite")
         tokenizer = Tokenizer(content["words"], vqvae.n_embeddings, content["lengths"])
         codebook = vqvae.codebook.weight if "code_in.weight" in content["model"] else None
         igpt = rebuild(content, iGPT, ParallelPredictor, codebook=codebook,
@@ -1983,19 +1983,19 @@ def rehearse(phases, cfg, data, models, device):
             trainer.train_step(loaders[0][step])
         steps = math.prod(phase_length(phase, cfg, len(data.train_images)))
         plan[f"{phase} {steps} steps"] = steps * (time.monotonic() - started) / 3
-    log(f"to do: {', '.join(plan)}, about {sum(plan.values()) / 60:.0f} min on {device}, "
+    log(f"to do: {', '.join(plan)}, about {sum(plan.values()):.0f} s on {device}, "
         f"{torch.get_num_threads()} threads, {'bf16' if trainer.bf16 else 'float32'}")
     return list(plan.values())
 
 def draw_curves(rows):
-    """The rows of the curves' table -> uint8 (H,W,3): 24 pixels a pass, 100 for a power of ten. The
-    learning rate tells the phases apart; where both losses meet, they are yellow."""
+    """The rows of the curves' table -> uint8 (H,W,3). Where both losses meet, they are yellow."""
     curves = [[row["test_loss"], row["train_loss"], row["lr"]] for row in rows]  # red, green, blue
-    heights = np.logspace(1, -4, 500)[:, None, None]
-    picture = np.isclose(heights, curves, rtol=0.04).repeat(24, 1) * np.uint8(255)  # (500,W,3)
+    heights = np.logspace(1, -6, 560)[:, None, None]
+    picture = np.isclose(heights, curves, rtol=0.04).repeat(24, 1) * np.uint8(255)  # (560,W,3)
     # Each number stands at its height, the lower end of its power of ten
-    scale = add_texts(np.zeros((5, 92, 36, 3), np.uint8), "1 0.1 0.01 0.001 0.0001".split())
-    picture = np.hstack([scale.reshape(500, 36, 3), picture])
+    scale = np.zeros((7, 72, 48, 3), np.uint8)
+    scale = add_texts(scale, "1 0.1 0.01 0.001 0.0001 0.00001 0.000001".split())
+    picture = np.hstack([scale.reshape(560, 48, 3), picture])
     return picture_grid(picture[None], ["red: test loss  green: training loss  blue: rate"])
 
 def report_codebook(vqvae, images, folder):
@@ -2141,9 +2141,9 @@ def command_train(options, **flags):
         run.save(complete=True)
     log(f"""trained {options.phase} in {time.monotonic() - started:.0f} s; the pictures are in \
 {Path(options.run, 'results')}. What to try next:
-    python mmgen.py sample --run {options.run} --mode text --show
-    python mmgen.py sample --run {options.run} --mode image --image PICTURES.npy
-    python mmgen.py eval --run {options.run}""")
+    python mmgen.py sample --mode text --show --run {options.run} --data {options.data}
+    python mmgen.py sample --mode image --image PICTURES.npy --run {options.run}
+    python mmgen.py eval --run {options.run} --data {options.data}""")
 
 def make_samples(options, models, prompts):
     """What `sample` writes: pictures uint8 (M,H,W,3) and M captions. prompts: captions for mode

@@ -1147,11 +1147,11 @@ def test_the_help_begins_with_what_matters_and_is_grouped(capsys):
 
 def test_a_training_says_what_it_will_do_and_what_to_try_next(tmp_path, data_dir):
     lines = works(*training("multi", data_dir, tmp_path, steps=20)).stderr.splitlines()
-    plan = [line for line in lines if line.startswith("to do: ")]
-    assert plan == ["to do: vqvae 20 steps, igpt 20 steps, finetune 20 steps, about 0 min on cpu, "
-                    "1 threads, float32"]
-    assert sum(f"mmgen.py sample --run {tmp_path}" in line for line in lines) == 2
-    assert lines[-1].endswith(f"mmgen.py eval --run {tmp_path}")
+    plan, = (line for line in lines if line.startswith("to do: "))
+    assert re.match("to do: vqvae 20 steps, igpt 20 steps, finetune 20 steps, about \\d+ s on cpu, "
+                    "1 threads, float32$", plan)
+    assert sum("python mmgen.py sample --mode" in line for line in lines) == 2
+    assert lines[-1].endswith(f"mmgen.py eval --run {tmp_path} --data {data_dir}")
 
 def test_time_left_is_that_of_the_whole_run(capsys, monkeypatch):
     clock = iter(range(0, 1000, 10))
@@ -1589,7 +1589,7 @@ def test_models_built_by_hand_are_saved(tmp_path, kind, linked):
     with pytest.raises(InputError, match="no readable VQ-VAE"):
         mmgen.load_vqvae(tmp_path / "i.pth")
     again.codebook.weight.data[0] += 1
-    with pytest.raises(InputError, match="codes of another"):
+    with pytest.raises(InputError, match="other codes"):
         mmgen.load_igpt(tmp_path / "i.pth", again)
 
 @pytest.mark.parametrize("change", [dict(words=words) for words in (None, 5, "red", [], ["red", 7])]
