@@ -327,7 +327,7 @@ class Tokenizer:
         for word in words:
             if word not in self.words:
                 near = difflib.get_close_matches(word, self.words, n=1, cutoff=0.0)[0]
-                raise InputError(f"unknown word {word!r} in {text!r}: did you mean {near!r}?")
+                raise InputError(f"unknown word {word!r} in {text!r}, the nearest known is {near!r}")
         if not 1 <= len(words) <= self.caption_length:
             raise InputError(f"{text!r} has {len(words)} words, not 1 to {self.caption_length}")
         return self.n_embeddings + torch.tensor([self.words.index(word) for word in words])
