@@ -327,7 +327,7 @@ class Tokenizer:
         for word in words:
             if word not in self.words:
                 near = difflib.get_close_matches(word, self.words, n=1, cutoff=0.0)[0]
-                raise InputError(f"unknown word {word!r} in {text!r}, the nearest known is {near!r}")
+                raise InputError(f"unknown word {word!r} in {text!r}: nearest known is {near!r}")
         if not 1 <= len(words) <= self.caption_length:
             raise InputError(f"{text!r} has {len(words)} words, not 1 to {self.caption_length}")
         return self.n_embeddings + torch.tensor([self.words.index(word) for word in words])
@@ -2097,10 +2097,10 @@ def build_parser():
         for name in names.split():
             field, flag = fields[name], "-n" if name == "n" else "--" + name.replace("_", "-")
             text = f"{field.text} ({' / '.join(map(repr, field.presets.values()))}; {field.limits})"
-            # A switch, a text that may come again, a text, or a number
-            how = {bool: {"action": "store_true"}, list: {"action": "append"}, str: {}}.get(
-                type(field.default), {"type": parse})
-            group(field.group).add_argument(flag, help=text, **how)
+            # A switch, a text that may come again, or a value of the default's type
+            kind = type(field.default)
+            actions = {bool: {"action": "store_true"}, list: {"action": "append"}}
+            group(field.group).add_argument(flag, help=text, **actions.get(kind, {"type": kind}))
     return parser
 
 def command_data(options):

@@ -1100,8 +1100,9 @@ def test_bad_images(trained, tmp_path, message, contents):
     ("sample --complete 3", "complete"),
     ("sample --mode image --complete 7", "7 rows"),
     ("sample --mode unconditional --best-of 2", "best"),
-    ("sample --top-p 0", "top_p is 0, want float"),
-    ("sample -n x", "n is 'x', want int 0.."),
+    ("sample --top-p 0", "top_p is 0.0, want float"),
+    ("sample -n x", "argument -n: invalid int value: 'x'"),
+    ("sample --guidance -.5", "guidance is -0.5, want float 0.."),
     ("sample --out {tmp}/empty/out", "empty"),
 ])
 def test_errors_are_one_line(args, message, trained, data_dir, tmp_path):
