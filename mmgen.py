@@ -2138,12 +2138,12 @@ def command_train(options, **flags):
             for mode in MODES if cfg.predictor == "causal" else ["text"]:
                 with optional():
                     command_sample(options.but(mode=mode), data)
-        run.save(complete=True)
-    log(f"""trained {options.phase} in {time.monotonic() - started:.0f} s; the pictures are in \
-{Path(options.run, 'results')}. What to try next:
+            log(f"""What to try next:
     python mmgen.py sample --mode text --show --run {options.run} --data {options.data}
-    python mmgen.py sample --mode image --image PICTURES.npy --run {options.run}
+    python mmgen.py sample --mode text -n 9 --out nine.png --run {options.run} --data {options.data}
     python mmgen.py eval --run {options.run} --data {options.data}""")
+        run.save(complete=True)
+    log(f"trained {options.phase} in {time.monotonic() - started:.0f} s: see {options.run}/results")
 
 def make_samples(options, models, prompts):
     """What `sample` writes: pictures uint8 (M,H,W,3) and M captions. prompts: captions for mode

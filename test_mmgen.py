@@ -1152,7 +1152,9 @@ def test_a_training_says_what_it_will_do_and_what_to_try_next(tmp_path, data_dir
     assert re.match("to do: vqvae 20 steps, igpt 20 steps, finetune 20 steps, about \\d+ s on cpu, "
                     "1 threads, float32$", plan)
     assert sum("python mmgen.py sample --mode" in line for line in lines) == 2
-    assert lines[-1].endswith(f"mmgen.py eval --run {tmp_path} --data {data_dir}")
+    assert lines[-2].endswith(f"mmgen.py eval --run {tmp_path} --data {data_dir}")
+    assert lines[-1].endswith(f"see {tmp_path}/results")
+    assert "try next" not in works(*training("vqvae", data_dir, tmp_path / "v", steps=20)).stderr
 
 def test_time_left_is_that_of_the_whole_run(capsys, monkeypatch):
     clock = iter(range(0, 1000, 10))
