@@ -1483,7 +1483,7 @@ def reading(path, kind):
     try:
         yield
     except FileNotFoundError:
-        raise InputError(f"{path} does not exist") from None
+        raise InputError(f"{path} does not exist: no {kind}") from None
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     except Exception as error:  # damaged bytes can lead to nearly anything
@@ -1712,7 +1712,7 @@ def save_checkpoint(path, **content):
 
 def load_checkpoint(path):
     """What save_checkpoint wrote, as a dict, on the CPU. Raises InputError."""
-    with reading(path, "checkpoint"):
+    with reading(path, "checkpoint, as `mmgen.py train` makes them"):
         content = torch.load(path, map_location="cpu", weights_only=True)
         if content["format"] != FORMAT:
             raise InputError(f"of format {content['format']}, not {FORMAT}")
