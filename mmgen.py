@@ -119,10 +119,10 @@ def parse(cell):
 class Settings:
     """Base of the classes below. Each line of a class's `table` makes a field, and a flag of the
     command line (vqvae_dim is --vqvae-dim): name, default (or the values in all PRESETS, of which
-    the first is the default), range, choices or a word, and what to know before turning it; a
-    line of one cell is the heading of a group. A class
-    holds the defaults, an object its own values, given by name. Raises InputError for a value of
-    another type or out of its range, TypeError for a name that is not in the table."""
+    the first is the default), range, choices or a word, and what to know before turning it. A line
+    of one cell is the heading of a group. A class holds the defaults, an object its own values,
+    given by name. Raises InputError for a value of another type or out of its range, TypeError for
+    a name that is not in the table."""
     table, fields = "", {}
     def __init_subclass__(cls):
         cls.fields, group = {}, ""
@@ -1264,9 +1264,6 @@ class Models:
         self.expect("text_image")
         t, N, nothing = self.tokenizer, self.vqvae.n_tokens, ()
         prompts = text_prompts(t, captions)  # (B,L+3)
-        for text in captions:
-            if len(text.split()) not in t.lengths:
-                log(f"warning: {text!r} is not of {t.lengths} words, as the captions learned from")
         if not self.igpt.causal:  # a ParallelPredictor draws all tokens, which it sees as blank
             rows = F.pad(prompts, (0, N - 1)).to(self.igpt.head.weight.device)  # (B,L+2+N)
             return sample_token(self.igpt(rows)[:, -N:, : t.n_embeddings], how)  # (B,N,K) -> (B,N)
@@ -1981,7 +1978,8 @@ def rehearse(phases, cfg, data, models, device):
             if step == 2:  # the first ones are slower
                 started = time.monotonic()
             trainer.train_step(loaders[0][step])
-        steps = math.prod(phase_length(phase, cfg, len(data.train_images)))
+        rows = len(data.vqvae_train if phase == "vqvae" else data.train_images)
+        steps = math.prod(phase_length(phase, cfg, rows))
         plan[f"{phase} {steps} steps"] = steps * (time.monotonic() - started) / 3
     log(f"to do: {', '.join(plan)}, about {sum(plan.values()):.0f} s on {device}, "
         f"{torch.get_num_threads()} threads, {'bf16' if trainer.bf16 else 'float32'}")
@@ -2191,12 +2189,14 @@ def likelihoods(models, tokens, captions):
     return log_p.get("text_image", unknown)[0], log_p.get("image_text", unknown)[1], pair
 
 def finish_caption(models, caption, how):
-    """A caption -> itself, or, if it ends in "...", what the model makes of its beginning: at least
-    a word more. Raises InputError where there is no room for one."""
+    """A caption -> itself, with a warning if it is of an unusual length; or, if it ends in "...",
+    what the model makes of its beginning: at least a word more. Raises InputError without room."""
     t, begun = models.tokenizer, caption.removesuffix("...")
-    if begun == caption:
-        return caption
     n = len(begun.split())
+    if begun == caption:
+        if n not in t.lengths:
+            log(f"warning: {caption!r} is not of {t.lengths} words, as the captions learned from")
+        return caption
     # Any word stands for the rest, so that there must be room for one; it is cut off again
     prompt = text_prompts(t, [f"{begun} {t.words[0]}"])[:, : 2 + n]  # BOS EOI begun
     [rest] = models.continue_captions(prompt, t.caption_length - n, how)
@@ -2205,7 +2205,7 @@ def finish_caption(models, caption, how):
 def command_sample(options, data=None):
     """Sample pictures, captions or pairs."""
     # data: command_train has them at hand already
-    mode, prompts, truths, n = options.mode, options.prompt, [], options.n or 1
+    mode, prompts, n, truths, wrong = options.mode, options.prompt, options.n or 1, [], []
     name, *senseless = MODES[mode].split()
     for flag in senseless:
         if getattr(options, flag) != getattr(Options, flag):
@@ -2222,9 +2222,9 @@ def command_sample(options, data=None):
         if mode == "image":
             prompts, truths = data.test_images[:9], np.repeat(prompts, n)
     images, captions = make_samples(options, models, prompts)
-    if len(truths):  # shown where the model is wrong; what it completes is its own choice
-        truths = np.where((truths == captions) | (options.complete > 0), "", truths)
-    path = save_samples(out, images, captions, 1 if mode == "unconditional" else n, truths)
+    if len(truths) and not options.complete:  # what it completes is the model's own choice
+        wrong = np.where(truths == captions, "", truths)
+    path = save_samples(out, images, captions, 1 if mode == "unconditional" else n, wrong)
     print("\n".join(captions))
     if options.show:
         show_in_terminal(images)
