@@ -185,13 +185,13 @@ class Config(Settings):
         noise            0.0     0.3     0.0     0..1         picture tokens falsified at the input
         augment          0.0     0.07    0.0     0..1         warp of pictures before a caption
         igpt_epochs      30      30      30      1..          length of phase 2
-        igpt_steps       0       4000    60      0..          the same in steps; 0: in epochs
+        igpt_steps       0       4500    60      0..          the same in steps; 0: in epochs
         igpt_lr          1e-3    8e-3    3e-3    0..          iGPT's rate; muon: but for matrices
         joint training
         single_epochs    30      30      30      1..          length of `single`
         single_steps     0       3900    80      0..          the same in steps; 0: in epochs
         finetune_epochs  3       3       3       0..          length of phase 3; 0: none
-        finetune_steps   0       175     10      0..          the same in steps; 0: in epochs
+        finetune_steps   0       60      10      0..          the same in steps; 0: in epochs
         finetune_lr      0.01    0.002   0.01    0..          VQ-VAE's rates in phase 3, relative
         lambda_xent      0.003   0.003   0.003   0..          of cross-entropy; 0.1: codes collapse
         lambda_warmup    0.3     0.15    0.3     0..1         share of `single` in which that is 0
@@ -225,8 +225,8 @@ class SamplingConfig(Settings):
         top_k        0      0..      only the k most likely tokens; 0: all
         top_p        1.0    1e-6..1  only the most likely tokens, down to this share in sum
         greedy       false  switch   always the most likely token
-        guidance     1.0    0..      of pictures by captions; 3: truer, less varied; 0: none
-        min_p        0.1    0..1     guided: only tokens this likely, relative to the likeliest
+        guidance     0.1    0..      of pictures by captions; 3: truer, less varied; 0: none
+        min_p        0.005  0..1     guided: only tokens this likely, relative to the likeliest
     """
 
 # --- Batches: what is learned from, in an order that can be resumed -------------------------------
@@ -564,7 +564,6 @@ class SelfAttention(nn.Module):
         # longer than ours, is slower here
         scores = (q * q.shape[-1] ** -0.5) @ k.mT  # (B,heads,T,columns)
         if causal and T > 1:
-            assert position == 0  # queries and columns begin at the same token
             future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
             scores = scores.masked_fill(future, -math.inf)
         y = scores.softmax(-1) @ v  # (B,heads,T,head_dim)
@@ -687,12 +686,14 @@ def mixed_sequences(tokens, text_ids, tokenizer, orders):
 
 def pick_warped(orders, plain, warped):
     """Two batches (B,...) of the same pictures -> one to go with mixed_sequences: warped where a
-    picture comes before its caption, else plain. How strokes go on without a caption, a model also
-    follows under one, to whatever digit the first strokes look like. Where the pictures differ, it
-    keeps the two apart and heeds the caption."""
-    n = len(orders)
-    parts = zip(plain.tensor_split(n), warped.tensor_split(n), orders)
-    return torch.cat([a if order == "text_image" else b for a, b, order in parts])
+    picture comes before its caption, and in a quarter of those that are drawn, so that few are
+    learned by heart. How strokes go on without a caption, a model also follows under one, to
+    whatever digit the first strokes look like; where the pictures differ, it heeds the caption."""
+    n, picked = len(orders), []
+    for a, b, order in zip(plain.tensor_split(n), warped.tensor_split(n), orders):
+        end = len(a) // 4 if order == "text_image" else len(a)  # rows come in random order
+        picked += b[:end], a[end:]
+    return torch.cat(picked)
 
 def sequence_batches(tokenizer, orders, tokens, batch_size, text_ids, warped=None, **options):
     """Tokens (M,N) of pictures and of the same ones warped, for pick_warped (default: as they are),
@@ -752,21 +753,22 @@ def igpt_loss(igpt, rows, cfg):
     """Sequences (B,T) -> weighted mean nats a target, a scalar, and the logits (B,T-1,V).
     The EOTs that fill up a short caption count nothing. Where the picture comes first, its tokens
     count image_weight: what is learned there draws without a caption (see pick_warped). The words
-    after it count caption_weight: they are 6 targets of 57, but all there is to captioning."""
+    after it count caption_weight: 6 targets of 57, but all there is to captioning. Only rows that
+    begin with the caption have noise: who learns to read had better see what is there."""
     inputs, targets = rows[:, :-1], rows[:, 1:]
     eot, eoi, _ = specials(igpt.vocab_size)
     after_eoi = (inputs == eoi).cumsum(1) > 0  # (B,T-1)
-    weight = torch.where(after_eoi, cfg.caption_weight, cfg.image_weight)
-    weight = weight.masked_fill(targets[:, :1] == eoi, 1)  # all rows that begin with the caption
+    draws = targets[:, :1] == eoi  # (B,1): the caption comes first
+    weight = torch.where(after_eoi, cfg.caption_weight, cfg.image_weight).masked_fill(draws, 1)
     weight = weight.masked_fill((inputs == eot) & (targets == eot), 0)
-    logits = igpt(with_noise(igpt, inputs, cfg.noise))
+    logits = igpt(with_noise(igpt, inputs, cfg.noise * draws))
     return (next_token_nll(logits, targets) * weight).sum() / weight.sum(), logits
 
 def with_noise(igpt, inputs, most):
     """Inputs (B,T-1) -> in training the same, but of each row's picture tokens a share, drawn from
-    0 to `most`, are random codes: a model that draws reads its own errors, and should rather heed
-    the caption. An iGPT without a codebook cannot tell codes: no noise."""
-    if not (most and igpt.training and igpt.n_codes):
+    0 to that row's `most` (B,1), are random codes: a model that draws reads its own errors, and
+    should rather heed the caption. An iGPT without a codebook cannot tell codes: no noise."""
+    if not (igpt.training and igpt.n_codes):
         return inputs
     share = most * torch.rand(len(inputs), 1, device=inputs.device)
     replace = (inputs < igpt.n_codes) & (torch.rand_like(inputs, dtype=torch.float) < share)
@@ -823,7 +825,7 @@ class Muon(torch.optim.Adam):
         a, b, c = 3.4445, -4.7750, 2.0315
         for _ in range(5):
             gram = x @ x.mT  # (n,rows,rows)
-            x = a * x + (b * gram + c * gram @ gram) @ x
+            x = torch.baddbmm(x, b * gram + c * gram @ gram, x, beta=a)  # one kernel, half the time
         return x.float()
 
 def make_optimizer(cfg, modules, factors):
@@ -967,7 +969,7 @@ class VQVAETrainer(Trainer):
     """Phase 1: batches are, or begin with, pictures (B,3,H,W) in [-1,1]. Arguments: Trainer's."""
     phase = "vqvae"
     def loss(self, batch):
-        x = batch[0] if isinstance(batch, (list, tuple)) else batch
+        x = batch if torch.is_tensor(batch) else batch[0]
         return vqvae_loss(self.modules["vqvae"], x.to(self.device), self.cfg)[0]
 
 class iGPTTrainer(Trainer):
@@ -1886,8 +1888,7 @@ class Run:
             makes = IGPT_FILE if self.phases[0] == "igpt" else VQVAE_FILE
             taken = self.phases[0] != "finetune" and Path(folder, makes).exists()
             if resume and old:
-                for key in self.state:
-                    self.state[key] = old[key]
+                self.state |= old
                 for key, was in old["settings"].items():
                     if was != settings[key]:
                         raise InputError(f"cannot resume: {key} was {was}, now {settings[key]}")
@@ -2007,8 +2008,7 @@ def report_codebook(vqvae, images, folder):
         f"perplexity {figures['codebook_perplexity']:.1f}")
     if figures["codebook_used"] < 0.05 or figures["codebook_perplexity"] < 4:
         log("warning: the codebook collapsed: lower --vqvae-lr or --lambda-xent, or raise --beta")
-    # The first three numbers of a code, most of them in -2 to 2, are red, green and blue: codes
-    # alike have colours alike
+    # A code's first three numbers, most in -2 to 2, are red, green, blue: codes alike look alike
     few, codes = tokens[:32], vqvae.codebook.weight.detach().cpu()
     maps = codes[few, :3].mT.unflatten(2, vqvae.grid) / 2  # (32,3,h,w)
     maps = denormalize(F.interpolate(maps, scale_factor=4))  # (32,H,W,3)
@@ -2210,7 +2210,7 @@ def command_sample(options, data=None):
     for flag in senseless:
         if getattr(options, flag) != getattr(Options, flag):
             raise InputError(f"{flag} does not belong to mode {mode}")
-    out = options.out or Path(options.run, "results", name)
+    out = options.out or f"{options.run}/results/{name}"
     models = load_models(options.run, options.pick_device())
     if options.prompts:
         prompts = prompts + read_captions(options.prompts)

@@ -387,6 +387,9 @@ def test_a_batch_has_equal_parts_of_all_orders():
         assert torch.equal(rows[i], make_sequences(tokens, ids, t, order)[i])
     batch = mmgen.sequence_batches(t, orders, tokens, 3, ids, warped=tokens + 1)[0]
     assert torch.equal(batch[2], rows[2]) and torch.equal(batch[:2, 2:51], tokens[:2] + 1)
+    # Of the other pictures a quarter
+    part = mmgen.pick_warped(orders, torch.zeros(32), torch.ones(32))
+    assert part[:16].all() and part[16:].sum() == 4
 
 @pytest.mark.parametrize("order,captioning,filled", [
     ("image_text", slice(51, 57), slice(53, 57)), ("text_image", slice(0), slice(3, 8)),
@@ -971,12 +974,23 @@ def test_noise_falsifies_codes_and_no_words():
     _, tokenizer, igpt = small_models()
     tokens, ids = torch.randint(24, (300, 49)), tokenizer.encode_batch(TEXTS * 100)
     rows = make_sequences(tokens, ids, tokenizer, "text_image")
-    changed = mmgen.with_noise(igpt, rows, 0.4) != rows
+    most = torch.full((300, 1), 0.4)
+    changed = mmgen.with_noise(igpt, rows, most) != rows
     assert not changed[rows >= 24].any()
     assert 0.14 < changed[rows < 24].float().mean() < 0.23  # mean share 0.2
     plain = iGPT(tokenizer.vocab_size, 58, 32, 2, 2)  # without a codebook it cannot tell
     for model in (plain, igpt.eval()):
-        assert torch.equal(mmgen.with_noise(model, rows, 0.4), rows)
+        assert torch.equal(mmgen.with_noise(model, rows, most), rows)
+
+@pytest.mark.parametrize("order", ["image_text", "text_image"])
+def test_noise_is_for_drawing_alone(order, monkeypatch):
+    _, tokenizer, igpt = small_models()
+    tokens, ids = torch.randint(24, (4, 49)), tokenizer.encode_batch([*TEXTS, TEXTS[0]])
+    rows, seen = make_sequences(tokens, ids, tokenizer, order), []
+    forward = igpt.forward
+    monkeypatch.setattr(igpt, "forward", lambda x: seen.append(x) or forward(x))
+    mmgen.igpt_loss(igpt.train(), rows, Config(noise=1.0))
+    assert torch.equal(seen[0], rows[:, :-1]) is (order == "image_text")
 
 @pytest.mark.parametrize("phase", ["igpt", "single"])
 def test_pictures_that_no_caption_precedes_are_warped_in_training(phase, monkeypatch):
