@@ -59,7 +59,7 @@ Where this departs from the notes, and why:
   * No (N, K, D) tensor of distances; a cache that is allocated once; all phases warm up and decay.
   * A laptop sees each picture a few times only, so learning per step counts. Hence, with reasons
     where they stand: a norm before the codebook, colours coded apart, normed queries and keys,
-    links of codes to the codebook, noise, Muon, guidance.
+    links of codes to the codebook, noise, warped pictures, weights of targets, Muon, guidance.
 """
 
 import difflib
@@ -182,8 +182,8 @@ class Config(Settings):
         orders           image_text,text_image   names        of sequences, with commas; also plain
         caption_weight   1.0     6.0     1.0     0..          of words after a picture; 5 to 20
         image_weight     1.0     0.1     1.0     0..          of picture tokens before a caption
-        noise            0.0     0.3     0.0     0..1         picture tokens falsified at the input
-        augment          0.0     0.07    0.0     0..1         warp of pictures before a caption
+        noise            0.0     0.3     0.0     0..1         share of random codes, where it draws
+        augment          0.0     0.07    0.0     0..1         warp before a caption, 1/4 after it
         igpt_epochs      30      30      30      1..          length of phase 2
         igpt_steps       0       4500    60      0..          the same in steps; 0: in epochs
         igpt_lr          1e-3    8e-3    3e-3    0..          iGPT's rate; muon: but for matrices
@@ -225,8 +225,8 @@ class SamplingConfig(Settings):
         top_k        0      0..      only the k most likely tokens; 0: all
         top_p        1.0    1e-6..1  only the most likely tokens, down to this share in sum
         greedy       false  switch   always the most likely token
-        guidance     0.15   0..      of pictures by captions; 3: truer, less varied; 0: none
-        min_p        0.003  0..1     guided: only tokens this likely, relative to the likeliest
+        guidance     0.15   0..      exaggerates captions; 1: truer, less varied pictures; 0: none
+        min_p        0.003  0..1     guided: no token less likely than this share of the likeliest
     """
 
 # --- Batches: what is learned from, in an order that can be resumed -------------------------------
@@ -686,9 +686,9 @@ def mixed_sequences(tokens, text_ids, tokenizer, orders):
 
 def pick_warped(orders, plain, warped):
     """Two batches (B,...) of the same pictures -> one to go with mixed_sequences: warped where a
-    picture comes before its caption, and in a quarter of those that are drawn, so that few are
-    learned by heart. How strokes go on without a caption, a model also follows under one, to
-    whatever digit the first strokes look like; where the pictures differ, it heeds the caption."""
+    picture comes before its caption. How strokes go on without a caption, a model also follows
+    under one, to whatever digit the first strokes look like; where the pictures differ, it heeds
+    the caption. A quarter of the others is warped, too: more hands than the data have."""
     n, picked = len(orders), []
     for a, b, order in zip(plain.tensor_split(n), warped.tensor_split(n), orders):
         end = len(a) // 4 if order == "text_image" else len(a)  # rows come in random order
@@ -751,10 +751,10 @@ def next_token_nll(logits, targets):
 
 def igpt_loss(igpt, rows, cfg):
     """Sequences (B,T) -> weighted mean nats a target, a scalar, and the logits (B,T-1,V).
-    The EOTs that fill up a short caption count nothing. Where the picture comes first, its tokens
-    count image_weight: what is learned there draws without a caption (see pick_warped). The words
-    after it count caption_weight: 6 targets of 57, but all there is to captioning. Only rows that
-    begin with the caption have noise: who learns to read had better see what is there."""
+    The EOTs that fill up a short caption count nothing. Where the picture comes first, all up to
+    its end counts image_weight: what is learned there draws without a caption (see pick_warped).
+    The words after it count caption_weight: 6 targets of 57, but none else teach reading. Noise is
+    for rows that begin with the caption: who learns to read had better see what is there."""
     inputs, targets = rows[:, :-1], rows[:, 1:]
     eot, eoi, _ = specials(igpt.vocab_size)
     after_eoi = (inputs == eoi).cumsum(1) > 0  # (B,T-1)
@@ -825,7 +825,7 @@ class Muon(torch.optim.Adam):
         a, b, c = 3.4445, -4.7750, 2.0315
         for _ in range(5):
             gram = x @ x.mT  # (n,rows,rows)
-            x = torch.baddbmm(x, b * gram + c * gram @ gram, x, beta=a)  # one kernel, half the time
+            x = torch.baddbmm(x, b * gram + c * gram @ gram, x, beta=a)  # all in one kernel
         return x.float()
 
 def make_optimizer(cfg, modules, factors):
@@ -1044,7 +1044,7 @@ REGIMES = {
     "two-stage": ("vqvae", "igpt"), "single": ("single",), "multi": ("vqvae", "igpt", "finetune"),
     "vqvae": ("vqvae",), "igpt": ("igpt",), "finetune": ("finetune",)}
 WARMUP = 0.05  # share of a phase in which its learning rates rise
-CODEBOOK, IGPT = 0.3, 0.02  # relative learning rates: codebook in joint training, iGPT in phase 3
+CODEBOOK, IGPT = 0.3, 0.02  # relative rates: codebook in joint training, iGPT in phase 3
 FEW = slice(0, 500)  # test pairs for the figures during training; `eval` takes all
 
 @dataclass
@@ -1134,7 +1134,7 @@ def prepare_phase(phase, cfg, data, models, device):
 
 def phase_trainer(phase, cfg, models, device, total):
     """The Trainer of a phase of `total` steps. A codebook that also a transformer pulls at learns
-    slower, and in phase 3 all do, for the models fit each other already."""
+    slower. In phase 3 all do: the models fit each other, and larger steps would part them."""
     modules, factors = {"vqvae": models.vqvae, "igpt": models.igpt}, {"codebook": CODEBOOK}
     if phase == "finetune":
         factors = dict(vqvae=cfg.finetune_lr, codebook=cfg.finetune_lr * CODEBOOK, igpt=IGPT)
@@ -1209,7 +1209,7 @@ def decode(model, prompts, span):
 def guide(cond, uncond, how):
     """Guidance without a classifier (Ho & Salimans 2022): logits (B,S) with and without a condition
     -> those that exaggerate what it changes. This may lift a token that is merely rare without the
-    condition, so only what the condition makes plausible takes part (min-p)."""
+    condition, so what the condition all but rules out takes no part (min-p)."""
     hopeless = (cond - cond.amax(1, keepdim=True)).exp() < how.min_p  # p(token) / p(likeliest)
     return (cond + how.guidance * (cond - uncond)).masked_fill(hopeless, -math.inf)
 
