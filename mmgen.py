@@ -691,7 +691,7 @@ def pick_warped(orders, plain, warped):
     the caption. A quarter of the others is warped, too: more hands than the data have."""
     n, picked = len(orders), []
     for a, b, order in zip(plain.tensor_split(n), warped.tensor_split(n), orders):
-        end = len(a) // 4 if order == "text_image" else len(a)  # rows come in random order
+        end = len(a) // (4 if order == "text_image" else 1)  # rows come in random order
         picked += b[:end], a[end:]
     return torch.cat(picked)
 
@@ -770,7 +770,7 @@ def with_noise(igpt, inputs, most):
     should rather heed the caption. An iGPT without a codebook cannot tell codes: no noise."""
     if not (igpt.training and igpt.n_codes):
         return inputs
-    share = most * torch.rand(len(inputs), 1, device=inputs.device)
+    share = most * torch.rand_like(most)
     replace = (inputs < igpt.n_codes) & (torch.rand_like(inputs, dtype=torch.float) < share)
     return torch.where(replace, torch.randint_like(inputs, igpt.n_codes), inputs)
 
@@ -1888,7 +1888,7 @@ class Run:
             makes = IGPT_FILE if self.phases[0] == "igpt" else VQVAE_FILE
             taken = self.phases[0] != "finetune" and Path(folder, makes).exists()
             if resume and old:
-                self.state |= old
+                self.state = {key: old[key] for key in self.state}
                 for key, was in old["settings"].items():
                     if was != settings[key]:
                         raise InputError(f"cannot resume: {key} was {was}, now {settings[key]}")
