@@ -182,8 +182,8 @@ class Config(Settings):
         orders           image_text,text_image   names        of sequences, with commas; also plain
         caption_weight   1.0     6.0     1.0     0..          of words after a picture; 5 to 20
         image_weight     1.0     0.1     1.0     0..          of picture tokens before a caption
-        noise            0.0     0.3     0.0     0..1         share of random codes, where it draws
-        augment          0.0     0.07    0.0     0..1         warp before a caption, 1/4 after it
+        noise            0.0     0.3     0.0     0..1         codes made random at most; 0.3 to 0.6
+        augment          0.0     0.07    0.0     0..1         by how much pictures are warped
         igpt_epochs      30      30      30      1..          length of phase 2
         igpt_steps       0       4500    60      0..          the same in steps; 0: in epochs
         igpt_lr          1e-3    8e-3    3e-3    0..          iGPT's rate; muon: but for matrices
