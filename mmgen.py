@@ -182,7 +182,7 @@ class Config(Settings):
         orders           image_text,text_image   names        of sequences, with commas; also plain
         caption_weight   1.0     6.0     1.0     0..          of words after a picture; 5 to 20
         image_weight     1.0     0.1     1.0     0..          of picture tokens before a caption
-        noise            0.0     0.3     0.0     0..1         codes made random at most; 0.3 to 0.6
+        noise            0.0     0.3     0.0     0..1         share of codes made random; 0.3 to 0.6
         augment          0.0     0.07    0.0     0..1         by how much pictures are warped
         igpt_epochs      30      30      30      1..          length of phase 2
         igpt_steps       0       4500    60      0..          the same in steps; 0: in epochs
@@ -757,11 +757,10 @@ def igpt_loss(igpt, rows, cfg):
     for rows that begin with the caption: who learns to read had better see what is there."""
     inputs, targets = rows[:, :-1], rows[:, 1:]
     eot, eoi, _ = specials(igpt.vocab_size)
-    after_eoi = (inputs == eoi).cumsum(1) > 0  # (B,T-1)
     draws = targets[:, :1] == eoi  # (B,1): the caption comes first
-    weight = torch.where(after_eoi, cfg.caption_weight, cfg.image_weight).masked_fill(draws, 1)
-    weight = weight.masked_fill((inputs == eot) & (targets == eot), 0)
-    logits = igpt(with_noise(igpt, inputs, cfg.noise * draws))
+    weight = torch.where((inputs == eoi).cumsum(1) > 0, cfg.caption_weight, cfg.image_weight)
+    weight = weight.masked_fill(draws, 1).masked_fill((inputs == eot) & (targets == eot), 0)
+    logits = igpt(with_noise(igpt, inputs, cfg.noise * draws) if cfg.noise else inputs)
     return (next_token_nll(logits, targets) * weight).sum() / weight.sum(), logits
 
 def with_noise(igpt, inputs, most):
@@ -825,7 +824,7 @@ class Muon(torch.optim.Adam):
         a, b, c = 3.4445, -4.7750, 2.0315
         for _ in range(5):
             gram = x @ x.mT  # (n,rows,rows)
-            x = torch.baddbmm(x, b * gram + c * gram @ gram, x, beta=a)  # all in one kernel
+            x = torch.baddbmm(x, b * gram + c * gram @ gram, x, beta=a)  # sum and product in one
         return x.float()
 
 def make_optimizer(cfg, modules, factors):
@@ -875,7 +874,7 @@ class Trainer:
         self.optimizer, self.device, self.cfg = optimizer, torch.device(device), cfg
         self.scheduler = scheduler or torch.optim.lr_scheduler.ConstantLR(optimizer, 1)
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
-        self.bf16, self.step, self.step_losses = bf16, 0, []
+        self.step, self.step_losses = 0, []
 
     def train(self, train_loader, test_loader, num_epochs, on_step=None, on_pass=None, later=0):
         """Train until num_epochs passes of the loader are done, going on from self.step. Loaders
@@ -1983,7 +1982,8 @@ def rehearse(phases, cfg, data, models, device):
         steps = math.prod(phase_length(phase, cfg, rows))
         plan[f"{phase} {steps} steps"] = steps * (time.monotonic() - started) / 3
     log(f"to do: {', '.join(plan)}, about {sum(plan.values()):.0f} s on {device}, "
-        f"{torch.get_num_threads()} threads, {'bf16' if trainer.bf16 else 'float32'}")
+        f"{torch.get_num_threads()} threads, "
+        f"{'bf16' if use_bf16(cfg.precision, device) else 'float32'}")
     return list(plan.values())
 
 def draw_curves(rows):
