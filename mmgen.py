@@ -167,7 +167,6 @@ class Config(Settings):
         vqvae_D          256     64      16      3..          length of a code vector
         factored         off     auto    off     off|on|auto  code shapes apart from colours
         beta             0.25    2.0     0.25    0..          commitment weight; 0.1 to 2 work
-        extremes         0.0     0.1     0.0     0..          weight of extreme colours; 0 to 0.5
         ema              0.0     0.0     0.0     0..0.9999    codes as moving averages, decay; 0: no
         restart          100     50      100     0..          restart codes unused for longer; 0: no
         vqvae_epochs     30      30      30      1..          length of phase 1
@@ -466,71 +465,68 @@ class VQVAE(nn.Module):
         return self.decode(F.embedding(tokens, self.codebook.weight).movedim(-1, 1))
 
 def split_colors(x):
-    """Pictures (B,3,H,W) of two colours and their blends -> mask (B,1,H,W), 0 where the ground is
-    and 1 where the ink is, and colors (B,2,3), ground and ink. So a red seven on blue and a white
-    one on black have the same mask."""
-    pixels = x.float().flatten(2)  # (B,3,H*W)
-    def farthest(point):  # (B,3,1) -> distances of the pixels (B,1,H*W), the farthest one (B,3,1)
-        far = (pixels - point).square().sum(1, keepdim=True).sqrt()
-        return far, pixels.take_along_dim(far.argmax(2, keepdim=True), 2)
-    # The ground, the larger part, draws the mean to itself. Blends lie on the line to the ink
-    _, ink = farthest(pixels.mean(2, keepdim=True))
-    far, ground = farthest(ink)
-    mask = 1 - far / far.amax(2, keepdim=True).clamp(min=1e-3)
-    return mask.unflatten(2, x.shape[2:]), torch.cat([ground, ink], 2).mT
+    """Pictures (B,3,H,W) of up to three colours and their blends -> shares (B,3,H,W) that ground,
+    ink and a second ground colour have in each pixel, in sum 1, and these colors (B,3,3). So a red
+    seven on blue and a white one on black have the same shares."""
+    # What is on the edge is ground: there take a light colour and a dark one, but not the lightest
+    # and darkest, which may be strokes that touch the edge
+    edge = torch.cat([x[:, :, [0, -1]].flatten(2), x[..., [0, -1]].flatten(2)], 2).float()
+    luma = (edge * edge.new_tensor([[0.3], [0.6], [0.1]])).sum(1, keepdim=True)  # (B,1,2H+2W)
+    some = luma.argsort(2)[..., [-luma.shape[2] // 20, luma.shape[2] // 20]]
+    ground, second = edge.take_along_dim(some, 2).split(1, 2)  # (B,3,1) each
+    # From the ground as origin, blends with the second lie on a line; the ink is farthest from it
+    points, line = x.float().flatten(2) - ground, second - ground  # (B,3,H*W)
+    inverse = functools.partial(torch.linalg.pinv, atol=0.2, rtol=0.0)  # colours alike: 0
+    off = points - line @ (inverse(line) @ points)
+    ink = points.take_along_dim(off.square().sum(1, keepdim=True).argmax(2, keepdim=True), 2)
+    axes = torch.cat([ink, line], 2)  # (B,3,2)
+    shares = inverse(axes) @ points  # (B,2,H*W)
+    shares = torch.cat([1 - shares.sum(1, keepdim=True), shares], 1).view_as(x)
+    return shares, (ground + F.pad(axes, (1, 0))).mT
 
-def join_colors(mask, colors):
-    """The way back: mask (B,1,H,W), colors (B,2,3) -> pictures (B,3,H,W)."""
-    ground, ink = colors[..., None, None].unbind(1)  # (B,3,1,1) each
-    return ground.lerp(ink, mask)
+def join_colors(shares, colors):
+    """The way back: shares (B,3,H,W), colors (B,3,3) -> pictures (B,3,H,W)."""
+    return (colors.mT @ shares.flatten(2)).view_as(shares)
 
-def two_colored(images):
-    """Pictures uint8 (M,H,W,3) -> are they two colours and their blends? Then they lose next to
+def few_colored(images):
+    """Pictures uint8 (M,H,W,3) -> are they three colours and their blends? Then they lose next to
     nothing on average when they are split and joined again; one in twenty will tell."""
     x = to_float(torch.from_numpy(images[::20]))
     return F.mse_loss(join_colors(*split_colors(x)), x).item() < 0.002
 
-CORNERS = ..., [0, 0, -1, -1], [0, -1, 0, -1]  # index: grids (...,h,w) -> corner cells (...,4)
+CORNERS = ..., [0, 0, -1], [0, -1, 0]  # index: grids (...,h,w) -> three corner cells
 
 class FactoredVQVAE(VQVAE):
-    """A VQVAE that codes shapes apart from colours, for pictures that are two_colored and of 8 x 8
+    """A VQVAE that codes shapes apart from colours, for pictures that are few_colored and of 8 x 8
     pixels at least. In a plain one every token tells the colours of ground and ink again, and few
-    bits are left for the stroke. Here encoder and decoder work on masks, and the two colours travel
-    in the four corner tokens, added to what these say of their corner. On handwriting in 29 colours
-    the same training leads to a fifth of the error. Its arguments are VQVAE's."""
+    bits are left for the stroke. Here encoder and decoder work on the colours' shares, and each of
+    the three colours travels in a corner token of its own, added to what that says of its corner.
+    Its arguments are VQVAE's."""
     def __init__(self, *sizes, **codes):
         super().__init__(*sizes, **codes)
         dim, D = self.options["dim"], self.options["D"]
-        self.colors_in = nn.Sequential(nn.Linear(6, dim), nn.ReLU(), nn.Linear(dim, 4 * D))
-        self.colors_out = nn.Sequential(nn.Linear(4 * D, dim), nn.ReLU(), nn.Linear(dim, 6))
+        self.colors_in = nn.Sequential(nn.Linear(3, dim), nn.ReLU(), nn.Linear(dim, D))
+        self.colors_out = nn.Sequential(nn.Linear(D, dim), nn.ReLU(), nn.Linear(dim, 3))
         self.norm = ChannelNorm(D)  # once more: the corners now hold colour, too
 
     def encode(self, x):
-        mask, colors = split_colors(x)
-        z = self.encoder(2 * mask.expand_as(x) - 1)  # (B,D,h,w)
-        z[CORNERS] += self.colors_in(colors.flatten(1)).view(len(z), -1, 4)
+        shares, colors = split_colors(x)
+        z = self.encoder(2 * shares - 1)  # (B,D,h,w)
+        z[CORNERS] += self.colors_in(colors).mT  # (B,D,3)
         return self.norm(z)
 
     def decode(self, z):
-        mask = self.decoder(z).float().mean(1, keepdim=True)  # (B,1,4h,4w), about -1 to 1
-        colors = self.colors_out(z[CORNERS].flatten(1)).float()  # (B,6)
-        return join_colors((mask + 1) / 2, colors.view(-1, 2, 3))
+        shares = (self.decoder(z).float() + 1) / 2  # (B,3,4h,4w)
+        shares[:, 0] = 1 - shares[:, 1:].sum(1)  # what the decoder says of the ground is not used
+        return join_colors(shares, self.colors_out(z[CORNERS].mT).float())
 
-def compute_loss(x, recon_x, z_e, z_q, beta=Config.beta, extremes=0.0):
+def compute_loss(x, recon_x, z_e, z_q, beta=Config.beta):
     """The VQ-VAE's loss: reconstruction + codebook + beta * commitment, each a mean over elements.
     x, recon_x (B,3,H,W); z_e, z_q (B,D,h,w) as VQVAE.forward returns them -> scalar. The codebook
     term pulls codes to features, the commitment term features to codes: so each detaches the OTHER
-    side (equation 3 of van den Oord et al. 2017; the notes detach z_q in both). extremes: weight of
-    the colours' extremes, see below."""
+    side (equation 3 of van den Oord et al. 2017; the notes detach z_q in both)."""
     loss = F.mse_loss(recon_x, x) + F.mse_loss(z_q, z_e.detach())
-    loss = loss + beta * F.mse_loss(z_e, z_q.detach())
-    if extremes:
-        # A thin stroke is a few pixels, and mean squared error would rather blur its colour than
-        # miss its place. The extremes of each window have no place, only a colour.
-        for sign in 1, -1:
-            a, b = (F.max_pool2d(sign * y, 7, ceil_mode=True) for y in (recon_x, x))
-            loss = loss + extremes * F.mse_loss(a, b)
-    return loss
+    return loss + beta * F.mse_loss(z_e, z_q.detach())
 
 # --- Attention: queries, keys, values, and a cache of the latter two ------------------------------
 #
@@ -549,10 +545,10 @@ class SelfAttention(nn.Module):
         self.q_norm, self.k_norm = nn.LayerNorm(head_dim), nn.LayerNorm(head_dim)
         self.out = nn.Linear(d_model, d_model, bias=False)
 
-    def forward(self, x, causal=True, cache=None, position=0):
-        """x (B,T,d) -> (B,T,d). causal: each token sees itself and those before only. cache:
-        (2,B,heads,length,head_dim), of which the first `position` columns hold keys and values of
-        what came before x, a single token then; x's own are added."""
+    def forward(self, x, bias, cache=None, position=0):
+        """x (B,T,d) -> (B,T,d). bias (heads,T,columns) is added to the scores; -inf where a token
+        must not look. cache: (2,B,heads,length,head_dim), of which the first `position` columns
+        hold keys and values of what came before x, a single token then; x's own are added."""
         B, T, d = x.shape
         # (B,T,3d) -> (B,T,3,heads,head_dim) -> (3,B,heads,T,head_dim) -> three (B,heads,T,head_dim)
         q, k, v = self.qkv(x).view(B, T, 3, self.n_heads, -1).permute(2, 0, 3, 1, 4)
@@ -560,12 +556,9 @@ class SelfAttention(nn.Module):
         if cache is not None:
             cache[:, :, :, position : position + T] = torch.stack([k, v])
             k, v = cache[:, :, :, : position + T]
-        # softmax(q k^T / sqrt(head_dim)) v; F.scaled_dot_product_attention, made for sequences much
-        # longer than ours, is slower here
-        scores = (q * q.shape[-1] ** -0.5) @ k.mT  # (B,heads,T,columns)
-        if causal and T > 1:
-            future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
-            scores = scores.masked_fill(future, -math.inf)
+        # softmax(q k^T / sqrt(head_dim) + bias) v; F.scaled_dot_product_attention, made for
+        # sequences much longer than ours, is slower here
+        scores = (q * q.shape[-1] ** -0.5) @ k.mT + bias  # (B,heads,T,columns)
         y = scores.softmax(-1) @ v  # (B,heads,T,head_dim)
         return self.out(y.transpose(1, 2).reshape(B, T, d))
 
@@ -608,6 +601,9 @@ class iGPT(nn.Module):
         self.n_codes = 0 if codebook is None else len(codebook)  # K, as far as it is known
         self.embedding = nn.Embedding(vocab_size, d_model)
         self.places = nn.Embedding(context_length, d_model)
+        # How much each head likes what lies so many tokens back (T5's bias, Raffel et al. 2020):
+        # say, the cell above, wherever in the sequence the picture stands
+        self.back = nn.Parameter(torch.zeros(n_layers, n_heads, context_length))
         self.blocks = nn.ModuleList(Block(d_model, n_heads, dropout) for _ in range(n_layers))
         self.norm = nn.LayerNorm(d_model)
         self.head = nn.Linear(d_model, vocab_size, bias=False)
@@ -631,7 +627,7 @@ class iGPT(nn.Module):
         codes = F.pad(codes, (0, 0, 0, self.vocab_size - len(codes)))  # words and marks get nothing
         return embedding + self.code_in(codes), output + self.code_out(codes)
 
-    def forward(self, tokens, tables=None, caches=None, position=0):
+    def forward(self, tokens, tables=None, caches=itertools.repeat(None), position=0):
         """tokens int64 (B,T) -> logits (B,T,V). Raises InputError beyond the context. The rest is
         for decode() of Sampling: tables, kept from tables(), the output's rows perhaps cut; a cache
         a layer, which holds `position` tokens before these."""
@@ -640,8 +636,13 @@ class iGPT(nn.Module):
             raise InputError(f"{length} tokens, the context holds {self.context_length}")
         embedding, output = tables or self.tables()
         x = F.embedding(tokens, embedding) + self.places.weight[position:length]  # (B,T,d)
-        for i, block in enumerate(self.blocks):
-            x = block(x, self.causal, None if caches is None else caches[i], position)
+        places = torch.arange(length, device=x.device)
+        back = places[position:, None] - places  # (T,length)
+        bias = self.back[..., back.abs()]  # (layers,heads,T,length)
+        if self.causal:
+            bias = bias.masked_fill(back < 0, -math.inf)
+        for block, *context in zip(self.blocks, bias, caches):
+            x = block(x, *context, position)
         return F.linear(self.norm(x), output)
 
 class ParallelPredictor(iGPT):
@@ -741,7 +742,7 @@ def vqvae_loss(vqvae, x, cfg):
     the features z_e (B,D,h,w)."""
     z_e, z_q, recon_x = vqvae(x)
     recon_x = recon_x.float()  # under autocast it is bfloat16
-    loss = compute_loss(x, recon_x, z_e, z_q, cfg.beta, cfg.extremes)
+    loss = compute_loss(x, recon_x, z_e, z_q, cfg.beta)
     return {"loss": loss, "recon_mse": F.mse_loss(recon_x, x)}, z_e
 
 def next_token_nll(logits, targets):
@@ -1064,7 +1065,7 @@ def new_vqvae(cfg, images):
     """The VQ-VAE of a Config for pictures uint8 (M,H,W,3)."""
     build, size = VQVAE, images.shape[1:3]
     # Factored colours lie in the four corner tokens, so there must be four
-    if min(size) >= 8 and (cfg.factored == "on" or cfg.factored == "auto" and two_colored(images)):
+    if min(size) >= 8 and (cfg.factored == "on" or cfg.factored == "auto" and few_colored(images)):
         build = FactoredVQVAE
     torch.manual_seed(cfg.seed)
     return build(cfg.vqvae_dim, cfg.vqvae_K, cfg.vqvae_D, size, ema=cfg.ema, restart=cfg.restart)
@@ -1672,7 +1673,7 @@ def generate_unconditional(model, tokenizer, vqvae, n_samples, device, how=Sampl
 # makes torch refuse all but tensors and plain values. Samples are a PPM, the plainest of picture
 # formats (size and pixels), or a PNG, which every program shows; and .npy, for programs.
 
-FORMAT = 6  # of checkpoints; raise it whenever an old file would be misread
+FORMAT = 7  # of checkpoints; raise it whenever an old file would be misread
 VQVAE_FILE, IGPT_FILE = "checkpoints/vqvae_model.pth", "checkpoints/igpt_model.pth"  # of a run
 
 def atomic_write(path, data, patience=0):
@@ -2050,7 +2051,7 @@ class Options(SamplingConfig):
         size         28     16..256  height and width, divisible by 4
         seed         0      0..2147483648  same seed, same bytes
         phase        multi  two-stage|single|multi|vqvae|igpt|finetune  regime, or a phase alone
-        preset       auto   auto|full|laptop|tiny  of the defaults below; auto: full with a GPU
+        preset       auto   auto|full|laptop|tiny  of the defaults below; auto: laptop
         resume       false  switch   go on where the run in --run stopped
         overwrite    false  switch   start anew over the run in --run
         compile      false  switch   torch.compile: a slow start, then faster on GPUs
@@ -2116,7 +2117,7 @@ def command_train(options, **flags):
         raise InputError("--resume is not allowed with --overwrite")
     started, device, preset = time.monotonic(), options.pick_device(), options.preset
     if preset == "auto":
-        preset = "laptop" if device.type == "cpu" else "full"
+        preset = "laptop"  # with a GPU, too: `full` takes longer and draws worse
         log(f"preset {preset} (device {device.type})")
     cfg = Config.preset(preset, seed=options.seed, **flags)
     # Only the default directory is filled: any other that holds nothing may be a typing error
@@ -2164,8 +2165,8 @@ def make_samples(options, models, prompts):
         if options.complete:
             begun = image_prompts(models.tokenizer, tokens)[:, : 2 + kept]  # BOS EOT and the rows
             drawn = models.continue_images(begun, h * w - kept, options)
-            if isinstance(models.vqvae, FactoredVQVAE):  # its corners hold the colours, which stay
-                drawn[:, -w :: w - 1] = tokens[:, -w :: w - 1]
+            if isinstance(models.vqvae, FactoredVQVAE):  # this corner holds a colour, it stays
+                drawn[:, -w] = tokens[:, -w]
             tokens[:, kept:] = drawn
         captions = models.captions(tokens, options)
     if best_of > 1:
