@@ -163,7 +163,7 @@ class Config(Settings):
     table = """
         VQ-VAE
         vqvae_dim        256     64      16      4..          channels; 64 is 12 times as fast
-        vqvae_K          128     1024    32      2..          codes; more: sharper, slower iGPT
+        vqvae_K          128     512     32      2..          codes; more: sharper, slower iGPT
         vqvae_D          256     64      16      3..          length of a code vector
         factored         off     auto    off     off|on|auto  code shapes apart from colours
         beta             0.25    2.0     0.25    0..          commitment weight; 0.1 to 2 work
@@ -190,7 +190,7 @@ class Config(Settings):
         single_epochs    30      30      30      1..          length of `single`
         single_steps     0       3900    80      0..          the same in steps; 0: in epochs
         finetune_epochs  3       3       3       0..          length of phase 3; 0: none
-        finetune_steps   0       60      10      0..          the same in steps; 0: in epochs
+        finetune_steps   0       175     10      0..          the same in steps; 0: in epochs
         finetune_lr      0.01    0.0005  0.01    0..          VQ-VAE's rates in phase 3, relative
         lambda_xent      0.003   0.003   0.003   0..          of cross-entropy; 0.1: codes collapse
         lambda_warmup    0.3     0.15    0.3     0..1         share of `single` in which that is 0
@@ -538,21 +538,24 @@ class SelfAttention(nn.Module):
     normalized (Dehghani et al. 2023), so that large learning rates cannot blow the scores up."""
     def __init__(self, d_model, n_heads):
         super().__init__()
-        if d_model % n_heads:
-            raise InputError(f"d_model {d_model} is not divisible by {n_heads} heads")
+        if d_model % (2 * n_heads):
+            raise InputError(f"d_model {d_model} is not divisible by twice {n_heads} heads")
         self.n_heads, head_dim = n_heads, d_model // n_heads
         self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)  # one product instead of three
         self.q_norm, self.k_norm = nn.LayerNorm(head_dim), nn.LayerNorm(head_dim)
         self.out = nn.Linear(d_model, d_model, bias=False)
 
-    def forward(self, x, bias, cache=None, position=0):
-        """x (B,T,d) -> (B,T,d). bias (heads,T,columns) is added to the scores; -inf where a token
-        must not look. cache: (2,B,heads,length,head_dim), of which the first `position` columns
-        hold keys and values of what came before x, a single token then; x's own are added."""
+    def forward(self, x, turns, bias, cache=None, position=0):
+        """x (B,T,d) -> (B,T,d). turns: complex (T,head_dim/2), by which queries and keys are turned
+        when two of their numbers are taken as one. bias (heads,T,columns) is added to the scores;
+        -inf where a token must not look. cache: (2,B,heads,length,head_dim), of which the first
+        `position` columns hold keys and values of what came before x, a single token then; x's own
+        are added."""
         B, T, d = x.shape
         # (B,T,3d) -> (B,T,3,heads,head_dim) -> (3,B,heads,T,head_dim) -> three (B,heads,T,head_dim)
         q, k, v = self.qkv(x).view(B, T, 3, self.n_heads, -1).permute(2, 0, 3, 1, 4)
-        q, k = self.q_norm(q), self.k_norm(k)
+        qk = torch.stack([self.q_norm(q), self.k_norm(k)]).float().unflatten(4, (-1, 2))
+        q, k = torch.view_as_real(torch.view_as_complex(qk) * turns).flatten(4)
         if cache is not None:
             cache[:, :, :, position : position + T] = torch.stack([k, v])
             k, v = cache[:, :, :, : position + T]
@@ -600,9 +603,6 @@ class iGPT(nn.Module):
         self.n_heads, self.orders = n_heads, orders
         self.n_codes = 0 if codebook is None else len(codebook)  # K, as far as it is known
         self.embedding = nn.Embedding(vocab_size, d_model)
-        self.places = nn.Embedding(context_length, d_model)
-        # How much each head likes what lies so many tokens back (T5's bias, Raffel et al. 2020):
-        # say, the cell above, wherever in the sequence the picture stands
         self.back = nn.Parameter(torch.zeros(n_layers, n_heads, context_length))
         self.blocks = nn.ModuleList(Block(d_model, n_heads, dropout) for _ in range(n_layers))
         self.norm = nn.LayerNorm(d_model)
@@ -615,7 +615,7 @@ class iGPT(nn.Module):
         for name, weight in self.named_parameters():
             if name.endswith(("out.weight", "mlp.2.weight", "head.weight")):
                 nn.init.normal_(weight, std=0.02)
-            elif name.startswith(("embedding", "places")):
+            elif name == "embedding.weight":
                 nn.init.normal_(weight, std=0.3)
 
     def tables(self):
@@ -635,14 +635,21 @@ class iGPT(nn.Module):
         if length > self.context_length:
             raise InputError(f"{length} tokens, the context holds {self.context_length}")
         embedding, output = tables or self.tables()
-        x = F.embedding(tokens, embedding) + self.places.weight[position:length]  # (B,T,d)
+        x = F.embedding(tokens, embedding)  # (B,T,d)
+        # Where a token stands, attention is told as a distance, in two ways: queries and keys are
+        # turned, each pair of numbers at a speed of its own, as far as their place says (rotary,
+        # Su et al. 2021); and each head learns how much it likes what lies so many tokens back
+        # (T5's bias, Raffel et al. 2020). So what is learned about the cell to the left or the one
+        # above holds all over the picture and in both orders, as places themselves would not
         places = torch.arange(length, device=x.device)
+        speeds = 100 ** -torch.linspace(0, 1, x.shape[2] // self.n_heads // 2, device=x.device)
+        turns = (1.5j * places[position:, None] * speeds).exp()  # (T,head_dim/2)
         back = places[position:, None] - places  # (T,length)
         bias = self.back[..., back.abs()]  # (layers,heads,T,length)
         if self.causal:
             bias = bias.masked_fill(back < 0, -math.inf)
         for block, *context in zip(self.blocks, bias, caches):
-            x = block(x, *context, position)
+            x = block(x, turns, *context, position)
         return F.linear(self.norm(x), output)
 
 class ParallelPredictor(iGPT):
@@ -1137,7 +1144,7 @@ def phase_trainer(phase, cfg, models, device, total):
     slower. In phase 3 all do: the models fit each other, and larger steps would part them."""
     modules, factors = {"vqvae": models.vqvae, "igpt": models.igpt}, {"codebook": CODEBOOK}
     if phase == "finetune":
-        factors = dict(vqvae=cfg.finetune_lr, codebook=cfg.finetune_lr * CODEBOOK, igpt=IGPT)
+        factors = dict(vqvae=cfg.finetune_lr, codebook=cfg.finetune_lr, igpt=IGPT)
     elif phase in modules:
         modules, factors = {phase: modules[phase]}, {}
     optimizer = make_optimizer(cfg, modules, factors)
@@ -1804,7 +1811,7 @@ GLYPHS = np.unpackbits(np.frombuffer(bytes.fromhex("""
     003049494a3c 000003030000 00001b1b0000 000000000000 007f4141417f
     """), np.uint8)).reshape(-1, 6, 8)
 
-def add_texts(pictures, texts, color=(255, 255, 255)):
+def add_texts(pictures, texts):
     """uint8 (N,H,W,3) and as many texts, or none -> uint8 (N,H+8*lines,W,3): below each picture its
     text, wrapped."""
     width = pictures.shape[2]
@@ -1812,16 +1819,16 @@ def add_texts(pictures, texts, color=(255, 255, 255)):
     for lines in itertools.zip_longest(*wrapped, fillvalue=""):  # the first of all, the second ...
         letters = "".join(line.ljust(width) for line in lines)
         ink = GLYPHS[list(map(LETTERS.find, letters))].reshape(len(lines), -1, 8).mT  # (N,8,6W)
-        pictures = np.hstack([pictures, ink[:, :, :width, None] * np.uint8(color)])
+        pictures = np.hstack([pictures, ink[:, :, :width, None].repeat(3, 3) * np.uint8(255)])
     return pictures
 
-def picture_grid(images, captions=(), truths=(), scale=0, together=1, columns=0):
+def picture_grid(images, captions=(), scale=0, together=1, columns=0):
     """uint8 (N,H,W,3) -> one picture on grey, each enlarged `scale` times (0: to about 112 pixels),
-    of so many columns or about square. captions, truths: N texts to go below, white and green.
-    together: so many neighbours, the samples of one prompt, are not torn apart."""
+    of so many columns or about square. captions: N texts to go below. together: so many neighbours,
+    the samples of one prompt, are not torn apart."""
     scale = scale or max(1, 112 // images.shape[2])
     tiles = images.repeat(scale, 1).repeat(scale, 2)  # (N,h,w,3)
-    tiles = add_texts(add_texts(tiles, captions), truths, (0, 255, 0))
+    tiles = add_texts(tiles, captions)
     columns = columns or together * math.ceil(len(images) ** 0.5 / together)
     margins = (0, -len(images) % columns), (1, 1), (1, 1), (0, 0)  # the first fills the last row up
     tiles = np.pad(tiles, margins, constant_values=128)
@@ -1838,12 +1845,12 @@ def sample_paths(prefix):
         grid = Path(f"{prefix}.ppm")
     return grid, grid.with_suffix(".npy"), grid.with_suffix(".txt")
 
-def save_samples(prefix, images, captions, together=1, truths=()):
+def save_samples(prefix, images, captions, together=1):
     """Write a picture_grid, the pictures uint8 (N,H,W,3) and a caption a line to sample_paths.
     Returns the grid's path."""
     buffer, (grid, pictures, texts) = io.BytesIO(), sample_paths(prefix)
     np.save(buffer, images)
-    save_picture(grid, picture_grid(images, captions, truths, together=together))
+    save_picture(grid, picture_grid(images, captions, together=together))
     atomic_write(pictures, buffer.getvalue())
     atomic_write(texts, "\n".join([*captions, ""]).encode())
     return grid
@@ -2000,8 +2007,7 @@ def draw_curves(rows):
 
 def report_codebook(vqvae, images, folder):
     """After a phase that trained the VQ-VAE: is it good enough to go on? Over the whole test set;
-    32 originals, each with its reconstruction and its codes, a colour a code, at its right, go to
-    results/reconstructions.ppm."""
+    32 originals, each with its reconstruction at its right, go to results/reconstructions.ppm."""
     tokens = extract_tokens(vqvae, images)  # (M,N)
     figures = measure_reconstruction(vqvae, images, tokens)
     log(f"VQ-VAE over {len(images)} test pictures: recon MSE {figures['recon_mse']:.4f} (PSNR "
@@ -2009,12 +2015,8 @@ def report_codebook(vqvae, images, folder):
         f"perplexity {figures['codebook_perplexity']:.1f}")
     if figures["codebook_used"] < 0.05 or figures["codebook_perplexity"] < 4:
         log("warning: the codebook collapsed: lower --vqvae-lr or --lambda-xent, or raise --beta")
-    # A code's first three numbers, most in -2 to 2, are red, green, blue: codes alike look alike
-    few, codes = tokens[:32], vqvae.codebook.weight.detach().cpu()
-    maps = codes[few, :3].mT.unflatten(2, vqvae.grid) / 2  # (32,3,h,w)
-    maps = denormalize(F.interpolate(maps, scale_factor=4))  # (32,H,W,3)
-    triples = zip(images, decode_pictures(vqvae, few), maps)
-    grid = picture_grid(np.stack(list(itertools.chain(*triples))), together=3)
+    pairs = np.stack([images[:32], decode_pictures(vqvae, tokens[:32])], 1)  # (32,2,H,W,3)
+    grid = picture_grid(pairs.reshape(-1, *images.shape[1:]), together=2)
     with optional():
         save_picture(f"{folder}/results/reconstructions.ppm", grid)
 
@@ -2206,7 +2208,7 @@ def finish_caption(models, caption, how):
 def command_sample(options, data=None):
     """Sample pictures, captions or pairs."""
     # data: command_train has them at hand already
-    mode, prompts, n, truths, wrong = options.mode, options.prompt, options.n or 1, [], []
+    mode, prompts, n = options.mode, options.prompt, options.n or 1
     name, *senseless = MODES[mode].split()
     for flag in senseless:
         if getattr(options, flag) != getattr(Options, flag):
@@ -2219,13 +2221,9 @@ def command_sample(options, data=None):
         prompts = read_pictures(options.image)
     elif not prompts and mode != "unconditional":  # nothing given: the first of the test pairs
         data = data or load_data(options.data, options.value_range, mode == "text")
-        prompts = data.test_captions[:9]
-        if mode == "image":
-            prompts, truths = data.test_images[:9], np.repeat(prompts, n)
+        prompts = data.test_captions[:9] if mode == "text" else data.test_images[:9]
     images, captions = make_samples(options, models, prompts)
-    if len(truths) and not options.complete:  # what it completes is the model's own choice
-        wrong = np.where(truths == captions, "", truths)
-    path = save_samples(out, images, captions, 1 if mode == "unconditional" else n, wrong)
+    path = save_samples(out, images, captions, 1 if mode == "unconditional" else n)
     print("\n".join(captions))
     if options.show:
         show_in_terminal(images)

@@ -628,7 +628,7 @@ def test_igpt_is_causal_and_knows_its_limits():
     assert not torch.allclose(a[:, 40:], b[:, 40:], atol=1e-5)
     with pytest.raises(InputError):
         igpt(torch.zeros(1, 59, dtype=torch.long))
-    with pytest.raises(InputError, match="not divisible by 4 heads"):
+    with pytest.raises(InputError, match="not divisible by twice 4 heads"):
         iGPT(40, 58, d_model=30, n_heads=4)
 
 def test_dropout_only_in_training():
@@ -1097,7 +1097,7 @@ def test_bad_images(trained, tmp_path, message, contents):
     ("data --size 30 --data {tmp}", "divisible by 4"),
     ("train --resume --overwrite", "not allowed with"),
     ("train --phase never", "phase is 'never', want str two-stage|single|"),
-    ("train --preset tiny --run {tmp}/r --n-heads 3", "d_model 32 is not divisible by 3 heads"),
+    ("train --preset tiny --run {tmp}/r --n-heads 3", "d_model 32 is not divisible by twice 3 heads"),
     ("train --preset tiny --phase igpt --run {tmp}", "does not exist"),
     ("train --preset tiny", "holds a run"),
     ("train --preset tiny --resume --vqvae-lr 0.5", "vqvae_lr"),
@@ -1239,31 +1239,22 @@ def test_letters():
     assert (texts[0, :8] == write("one")[0]).all()
     assert (write("é")[0, :, :, 0] > 0).sum() == 2 * 7 + 2 * 3  # the frame of 5 x 7 pixels
 
-def test_grids_carry_captions_and_true_ones_where_they_differ(trained, data_dir, tmp_path):
+def test_grids_carry_captions():
     images = np.zeros((2, 28, 28, 3), np.uint8)
-    grid = mmgen.picture_grid(images, ["red one", "red two"], ["", "blue two"])
-    green = (grid == [0, 255, 0]).all(2)
-    assert grid.shape == (2 + 4 * 28 + 16, 2 * (2 + 4 * 28), 3)
-    assert not green[:, :114].any() and green[-9:, 114:].any()
-    data = mmgen.load_data(data_dir)
-    works("sample", "--mode", "image", "--run", trained, "--data", data_dir, "--greedy",
-          "--out", tmp_path / "a")
-    captions = (tmp_path / "a.txt").read_text().splitlines()
-    differ = captions != data.test_captions[:9]
-    assert (b"\0\xff\0" * 3 in (tmp_path / "a.ppm").read_bytes()) == differ
+    grid = mmgen.picture_grid(images, ["red one", ""])
+    white = (grid == [255, 255, 255]).all(2)
+    assert grid.shape == (2 + 4 * 28 + 8, 2 * (2 + 4 * 28), 3)
+    assert white[-9:, :114].any() and not white[-9:, 114:].any()
 
-def test_reconstructions_show_original_reconstruction_and_codes(tmp_path):
-    """Codes alike in colours alike: here a code's number is its brightness."""
-    vqvae = VQVAE(8, 16, 3)
-    vqvae.codebook.weight.data = torch.linspace(-2, 2, 16)[:, None].expand(16, 3)
-    images = drawn(3, 1)["train_images"]
+def test_reconstructions_show_original_and_reconstruction(tmp_path):
+    torch.manual_seed(0)
+    vqvae, images = VQVAE(8, 16, 3).eval(), drawn(3, 1)["train_images"]
     mmgen.report_codebook(vqvae, images, tmp_path)
     grid = mmgen.read_pictures(tmp_path / "results" / "reconstructions.ppm")[0]
-    original, _, codes = grid[1:113, : 3 * 114].reshape(112, 3, 114, 3)[:, :, 1:113].swapaxes(0, 1)
+    original, made = grid[1:113, : 2 * 114].reshape(112, 2, 114, 3)[:, :, 1:113].swapaxes(0, 1)
     assert (original[::4, ::4] == images[0]).all()
-    tokens = mmgen.extract_tokens(vqvae, images)[0].view(7, 7).numpy()
-    red = codes[8::16, 8::16, 0].astype(int)
-    assert (np.abs(red - tokens * 17) <= 1).all() and tokens.any()
+    tokens = mmgen.extract_tokens(vqvae, images[:1])
+    assert (made[::4, ::4] == mmgen.decode_pictures(vqvae, tokens)[0]).all()
 
 def test_sample_image_from_npy_and_ppm(trained, data_dir, tmp_path):
     image = mmgen.load_data(data_dir).test_images[0]
