@@ -59,7 +59,8 @@ Where this departs from the notes, and why:
   * No (N, K, D) tensor of distances; a cache that is allocated once; all phases warm up and decay.
   * A laptop sees each picture a few times only, so learning per step counts. Hence, with reasons
     where they stand: a norm before the codebook, colours coded apart, normed queries and keys,
-    links of codes to the codebook, noise, warped pictures, weights of targets, Muon, guidance.
+    distances instead of places, links of codes to the codebook, noise, warped pictures, weights of
+    targets, Muon, guidance.
 """
 
 import difflib
@@ -474,9 +475,11 @@ def split_colors(x):
     luma = (edge * edge.new_tensor([[0.3], [0.6], [0.1]])).sum(1, keepdim=True)  # (B,1,2H+2W)
     some = luma.argsort(2)[..., [-luma.shape[2] // 20, luma.shape[2] // 20]]
     ground, second = edge.take_along_dim(some, 2).split(1, 2)  # (B,3,1) each
+    # inverse(axes) @ points are coordinates along axes (B,3,n); one shorter than 0.2, between
+    # colours that are alike, has none
+    inverse = functools.partial(torch.linalg.pinv, atol=0.2, rtol=0.0)
     # From the ground as origin, blends with the second lie on a line; the ink is farthest from it
     points, line = x.float().flatten(2) - ground, second - ground  # (B,3,H*W)
-    inverse = functools.partial(torch.linalg.pinv, atol=0.2, rtol=0.0)  # colours alike: 0
     off = points - line @ (inverse(line) @ points)
     ink = points.take_along_dim(off.square().sum(1, keepdim=True).argmax(2, keepdim=True), 2)
     axes = torch.cat([ink, line], 2)  # (B,3,2)
@@ -500,8 +503,7 @@ class FactoredVQVAE(VQVAE):
     """A VQVAE that codes shapes apart from colours, for pictures that are few_colored and of 8 x 8
     pixels at least. In a plain one every token tells the colours of ground and ink again, and few
     bits are left for the stroke. Here encoder and decoder work on the colours' shares, and each of
-    the three colours travels in a corner token of its own, added to what that says of its corner.
-    Its arguments are VQVAE's."""
+    three corner tokens says a colour, added to what it says of its corner. Arguments: VQVAE's."""
     def __init__(self, *sizes, **codes):
         super().__init__(*sizes, **codes)
         dim, D = self.options["dim"], self.options["D"]
@@ -567,8 +569,8 @@ class SelfAttention(nn.Module):
 
 # --- iGPT: a causal transformer over picture tokens and words -------------------------------------
 #
-# The usual decoder-only transformer (GPT-2's pre-norm block), with a thing of its own: the tables
-# of the picture tokens are built from the codebook.
+# The usual decoder-only transformer (GPT-2's pre-norm block, but with distances instead of places),
+# with a thing of its own: the tables of the picture tokens are built from the codebook.
 
 class Block(nn.Module):
     """Pre-norm: x + attention(norm(x)), then x + mlp(norm(x)). (B,T,d) -> (B,T,d)."""
@@ -636,11 +638,10 @@ class iGPT(nn.Module):
             raise InputError(f"{length} tokens, the context holds {self.context_length}")
         embedding, output = tables or self.tables()
         x = F.embedding(tokens, embedding)  # (B,T,d)
-        # Where a token stands, attention is told as a distance, in two ways: queries and keys are
-        # turned, each pair of numbers at a speed of its own, as far as their place says (rotary,
-        # Su et al. 2021); and each head learns how much it likes what lies so many tokens back
-        # (T5's bias, Raffel et al. 2020). So what is learned about the cell to the left or the one
-        # above holds all over the picture and in both orders, as places themselves would not
+        # Attention is told distances, in two ways: queries and keys are turned in proportion to
+        # their place (rotary, Su et al. 2021), and each head learns how much it likes what lies so
+        # many tokens back (T5's bias, Raffel et al. 2020). So what is learned about the cell to the
+        # left or the one above holds all over the picture and in both orders
         places = torch.arange(length, device=x.device)
         speeds = 100 ** -torch.linspace(0, 1, x.shape[2] // self.n_heads // 2, device=x.device)
         turns = (1.5j * places[position:, None] * speeds).exp()  # (T,head_dim/2)

@@ -1097,7 +1097,7 @@ def test_bad_images(trained, tmp_path, message, contents):
     ("data --size 30 --data {tmp}", "divisible by 4"),
     ("train --resume --overwrite", "not allowed with"),
     ("train --phase never", "phase is 'never', want str two-stage|single|"),
-    ("train --preset tiny --run {tmp}/r --n-heads 3", "d_model 32 is not divisible by twice 3 heads"),
+    ("train --preset tiny --run {tmp}/r --n-heads 3", "32 is not divisible by twice 3 heads"),
     ("train --preset tiny --phase igpt --run {tmp}", "does not exist"),
     ("train --preset tiny", "holds a run"),
     ("train --preset tiny --resume --vqvae-lr 0.5", "vqvae_lr"),
