@@ -175,17 +175,17 @@ class Config(Settings):
         vqvae_lr         1e-3    3e-3    3e-3    0..          VQ-VAE's rate; muon: but for matrices
         iGPT
         d_model          128     128     32      4..          width of the iGPT
-        n_heads          4       4       2       1..          heads; they divide the width
+        n_heads          4       4       2       1..          heads; twice as many divide the width
         n_layers         4       4       2       1..          blocks
         dropout          0.1     0.0     0.1     0..0.9       in blocks; 0 for runs of few epochs
         predictor        causal  causal  causal  causal|parallel  parallel: all codes at once
         orders           image_text,text_image   names        of sequences, with commas; also plain
         caption_weight   1.0     6.0     1.0     0..          of words after a picture; 5 to 20
         image_weight     1.0     0.1     1.0     0..          of picture tokens before a caption
-        noise            0.0     0.3     0.0     0..1         share of codes made random; 0.3 to 0.6
+        noise            0.0     0.3     0.0     0..1         a drawing's codes made random, at most
         augment          0.0     0.07    0.0     0..1         by how much pictures are warped
         igpt_epochs      30      30      30      1..          length of phase 2
-        igpt_steps       0       4500    60      0..          the same in steps; 0: in epochs
+        igpt_steps       0       5500    60      0..          the same in steps; 0: in epochs
         igpt_lr          1e-3    8e-3    3e-3    0..          iGPT's rate; muon: but for matrices
         joint training
         single_epochs    30      30      30      1..          length of `single`
@@ -467,16 +467,16 @@ class VQVAE(nn.Module):
 
 def split_colors(x):
     """Pictures (B,3,H,W) of up to three colours and their blends -> shares (B,3,H,W) that ground,
-    ink and a second ground colour have in each pixel, in sum 1, and these colors (B,3,3). So a red
-    seven on blue and a white one on black have the same shares."""
+    ink and a second ground colour have in each pixel, in sum 1, and these colors (B,3,3), a row of
+    red, green, blue each. So a red seven on blue and a white one on black have equal shares."""
     # What is on the edge is ground: there take a light colour and a dark one, but not the lightest
     # and darkest, which may be strokes that touch the edge
     edge = torch.cat([x[:, :, [0, -1]].flatten(2), x[..., [0, -1]].flatten(2)], 2).float()
     luma = (edge * edge.new_tensor([[0.3], [0.6], [0.1]])).sum(1, keepdim=True)  # (B,1,2H+2W)
     some = luma.argsort(2)[..., [-luma.shape[2] // 20, luma.shape[2] // 20]]
     ground, second = edge.take_along_dim(some, 2).split(1, 2)  # (B,3,1) each
-    # inverse(axes) @ points are coordinates along axes (B,3,n); one shorter than 0.2, between
-    # colours that are alike, has none
+    # inverse(axes) @ points are coordinates along axes (B,3,n); directions shorter than 0.2,
+    # between colours that are alike, have none
     inverse = functools.partial(torch.linalg.pinv, atol=0.2, rtol=0.0)
     # From the ground as origin, blends with the second lie on a line; the ink is farthest from it
     points, line = x.float().flatten(2) - ground, second - ground  # (B,3,H*W)
@@ -549,10 +549,9 @@ class SelfAttention(nn.Module):
 
     def forward(self, x, turns, bias, cache=None, position=0):
         """x (B,T,d) -> (B,T,d). turns: complex (T,head_dim/2), by which queries and keys are turned
-        when two of their numbers are taken as one. bias (heads,T,columns) is added to the scores;
-        -inf where a token must not look. cache: (2,B,heads,length,head_dim), of which the first
-        `position` columns hold keys and values of what came before x, a single token then; x's own
-        are added."""
+        when pairs of numbers are taken as complex ones. bias (heads,T,columns) is added to scores;
+        -inf where a token must not look. cache: (2,B,heads,context,head_dim), of which the first
+        `position` columns hold keys and values of what came before x; x's own are added."""
         B, T, d = x.shape
         # (B,T,3d) -> (B,T,3,heads,head_dim) -> (3,B,heads,T,head_dim) -> three (B,heads,T,head_dim)
         q, k, v = self.qkv(x).view(B, T, 3, self.n_heads, -1).permute(2, 0, 3, 1, 4)
@@ -643,12 +642,13 @@ class iGPT(nn.Module):
         # many tokens back (T5's bias, Raffel et al. 2020). So what is learned about the cell to the
         # left or the one above holds all over the picture and in both orders
         places = torch.arange(length, device=x.device)
+        # A quarter turn a token is the fastest, a hundredth of it the slowest
         speeds = 100 ** -torch.linspace(0, 1, x.shape[2] // self.n_heads // 2, device=x.device)
         turns = (1.5j * places[position:, None] * speeds).exp()  # (T,head_dim/2)
-        back = places[position:, None] - places  # (T,length)
-        bias = self.back[..., back.abs()]  # (layers,heads,T,length)
+        away = places[position:, None] - places  # (T,length)
+        bias = self.back[..., away.abs()]  # (layers,heads,T,length)
         if self.causal:
-            bias = bias.masked_fill(back < 0, -math.inf)
+            bias = bias.masked_fill(away < 0, -math.inf)
         for block, *context in zip(self.blocks, bias, caches):
             x = block(x, turns, *context, position)
         return F.linear(self.norm(x), output)
@@ -675,7 +675,7 @@ class ParallelPredictor(iGPT):
 
 def make_sequences(tokens, text_ids, tokenizer, order):
     """Picture tokens (B,N) and captions (B,L+1) from Tokenizer.encode_batch -> sequences
-    int64 (B,N+L+3) in one of the ORDERS. A caption shorter than L is followed by more than one EOT,
+    int64 (B,N+L+3) in one of the ORDERS. A caption shorter than L is filled up with EOTs,
     so that all captions are equally long, and a picture comes after the last."""
     marks = tokens.new_tensor(specials(tokenizer.vocab_size)).expand(len(tokens), 3)
     eot, eoi, bos = marks.split(1, dim=1)  # (B,1) each
@@ -693,13 +693,13 @@ def mixed_sequences(tokens, text_ids, tokenizer, orders):
     parts = zip(tokens.tensor_split(n), text_ids.tensor_split(n), orders)
     return torch.cat([make_sequences(t, ids, tokenizer, order) for t, ids, order in parts])
 
-def pick_warped(orders, plain, warped):
+def pick_warped(orders, clean, warped):
     """Two batches (B,...) of the same pictures -> one to go with mixed_sequences: warped where a
-    picture comes before its caption. How strokes go on without a caption, a model also follows
-    under one, to whatever digit the first strokes look like; where the pictures differ, it heeds
-    the caption. A quarter of the others is warped, too: more hands than the data have."""
+    picture comes before its caption. Else what is learned there, to go on as the first strokes look
+    like, overrides a caption; where the pictures differ, a model heeds the caption. A quarter of
+    the others is warped, too: more hands than the data have."""
     n, picked = len(orders), []
-    for a, b, order in zip(plain.tensor_split(n), warped.tensor_split(n), orders):
+    for a, b, order in zip(clean.tensor_split(n), warped.tensor_split(n), orders):
         end = len(a) // (4 if order == "text_image" else 1)  # rows come in random order
         picked += b[:end], a[end:]
     return torch.cat(picked)
@@ -799,7 +799,7 @@ def measure_reconstruction(vqvae, images, tokens):
 class Muon(torch.optim.Adam):
     """Adam, but in groups that say orthogonal=True the update is the momentum's nearest orthogonal
     matrix (Jordan et al. 2024), so that all directions of a matrix learn alike. Such a group holds
-    weights of one shape, of two or more axes, that get gradients together; betas are Adam's.
+    weights of one shape, of two or more axes, that get gradients together; its momentum is 0.95.
     torch.optim.Muon computes in bfloat16 one matrix at a time, which takes seconds on a CPU without
     bfloat16 units. Here autocast decides, and products are batched over a group: a fifth of a step,
     for twice the learning."""
@@ -1052,7 +1052,7 @@ REGIMES = {
     "two-stage": ("vqvae", "igpt"), "single": ("single",), "multi": ("vqvae", "igpt", "finetune"),
     "vqvae": ("vqvae",), "igpt": ("igpt",), "finetune": ("finetune",)}
 WARMUP = 0.05  # share of a phase in which its learning rates rise
-CODEBOOK, IGPT = 0.3, 0.02  # relative rates: codebook in joint training, iGPT in phase 3
+CODEBOOK, IGPT = 0.3, 0.02  # relative rates: codebook in `single`, iGPT in phase 3
 FEW = slice(0, 500)  # test pairs for the figures during training; `eval` takes all
 
 @dataclass
@@ -1072,7 +1072,7 @@ class Data:
 def new_vqvae(cfg, images):
     """The VQ-VAE of a Config for pictures uint8 (M,H,W,3)."""
     build, size = VQVAE, images.shape[1:3]
-    # Factored colours lie in the four corner tokens, so there must be four
+    # Factored colours lie in three corner tokens, so there must be three
     if min(size) >= 8 and (cfg.factored == "on" or cfg.factored == "auto" and few_colored(images)):
         build = FactoredVQVAE
     torch.manual_seed(cfg.seed)
@@ -1092,12 +1092,12 @@ def use_bf16(precision, device):
     if precision != "auto":
         return precision == "bf16"
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     able = getattr(torch.cpu, "get_capabilities", dict)()  # older torch cannot tell
     return device.type == "cpu" and able.get("avx512_bf16", False)
 
 def phase_length(phase, cfg, n_rows):
-    """-> number of passes, batches a pass. A length in steps is cut into ten passes or less."""
+    """-> number of passes, batches a pass. Steps, rounded up, make ten passes or less."""
     steps = getattr(cfg, f"{phase}_steps")
     if not steps:
         return getattr(cfg, f"{phase}_epochs"), math.ceil(n_rows / cfg.batch_size)
@@ -1196,7 +1196,7 @@ def sample_token(logits, how):
     """logits (...,S) -> index into the S, int64 (...), drawn as the SamplingConfig `how` says."""
     if how.greedy or how.temperature == 0:
         return logits.argmax(-1)
-    # One random number a row, a bit below 1, falls on a token; multinomial draws one for each token
+    # One random number a row falls on a token; multinomial would draw one for each token
     cdf = logits_to_probs(logits, how).cumsum(-1)
     u = 0.999999 * torch.rand_like(cdf[..., -1:]) * cdf[..., -1:]
     return torch.searchsorted(cdf, u, right=True)[..., 0]
@@ -1820,7 +1820,7 @@ def add_texts(pictures, texts):
     for lines in itertools.zip_longest(*wrapped, fillvalue=""):  # the first of all, the second ...
         letters = "".join(line.ljust(width) for line in lines)
         ink = GLYPHS[list(map(LETTERS.find, letters))].reshape(len(lines), -1, 8).mT  # (N,8,6W)
-        pictures = np.hstack([pictures, ink[:, :, :width, None].repeat(3, 3) * np.uint8(255)])
+        pictures = np.hstack([pictures, 255 * ink[:, :, :width, None].repeat(3, 3)])
     return pictures
 
 def picture_grid(images, captions=(), scale=0, together=1, columns=0):
