@@ -2142,7 +2142,7 @@ def command_train(options, **flags):
                     command_sample(options.but(mode=mode), data)
             log(f"""What to try next:
     python mmgen.py sample --mode text --show --run {options.run} --data {options.data}
-    python mmgen.py sample --mode text -n 9 --out nine.png --run {options.run} --data {options.data}
+    python mmgen.py sample --mode text -n 4 --out some.png --run {options.run} --data {options.data}
     python mmgen.py eval --run {options.run} --data {options.data}""")
         run.save(complete=True)
     log(f"trained {options.phase} in {time.monotonic() - started:.0f} s: see {options.run}/results")
