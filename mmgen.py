@@ -192,7 +192,7 @@ class Config(Settings):
         single_steps     0       3900    80      0..          the same in steps; 0: in epochs
         finetune_epochs  3       3       3       0..          length of phase 3; 0: none
         finetune_steps   0       175     10      0..          the same in steps; 0: in epochs
-        finetune_lr      0.01    0.0005  0.01    0..          VQ-VAE's rates in phase 3, relative
+        finetune_lr      0.01    0.0001  0.01    0..          VQ-VAE's rates in phase 3, relative
         lambda_xent      0.003   0.003   0.003   0..          of cross-entropy; 0.1: codes collapse
         lambda_warmup    0.3     0.15    0.3     0..1         share of `single` in which that is 0
         general
@@ -1052,7 +1052,7 @@ REGIMES = {
     "two-stage": ("vqvae", "igpt"), "single": ("single",), "multi": ("vqvae", "igpt", "finetune"),
     "vqvae": ("vqvae",), "igpt": ("igpt",), "finetune": ("finetune",)}
 WARMUP = 0.05  # share of a phase in which its learning rates rise
-CODEBOOK, IGPT = 0.3, 0.02  # relative rates: codebook in `single`, iGPT in phase 3
+CODEBOOK, IGPT = 0.3, 0.05  # relative rates: codebook in `single`, iGPT in phase 3
 FEW = slice(0, 500)  # test pairs for the figures during training; `eval` takes all
 
 @dataclass
