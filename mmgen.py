@@ -612,12 +612,11 @@ class iGPT(nn.Module):
         if codebook is not None:
             self.code_in = nn.Linear(codebook.shape[1], d_model, bias=False)
             self.code_out = nn.Linear(codebook.shape[1], d_model, bias=False)
+        nn.init.normal_(self.embedding.weight, std=0.3)
         # Branches and output start small: the first gradients are calm
         for name, weight in self.named_parameters():
             if name.endswith(("out.weight", "mlp.2.weight", "head.weight")):
                 nn.init.normal_(weight, std=0.02)
-            elif name == "embedding.weight":
-                nn.init.normal_(weight, std=0.3)
 
     def tables(self):
         """Embedding table and output matrix, both (V,d), with the codebook's share, if any."""
@@ -642,10 +641,11 @@ class iGPT(nn.Module):
         # many tokens back (T5's bias, Raffel et al. 2020). So what is learned about the cell to the
         # left or the one above holds all over the picture and in both orders
         places = torch.arange(length, device=x.device)
+        here = places[position:, None]  # of the tokens that are given, (T,1)
         # A quarter turn a token is the fastest, a hundredth of it the slowest
         speeds = 100 ** -torch.linspace(0, 1, x.shape[2] // self.n_heads // 2, device=x.device)
-        turns = (1.5j * places[position:, None] * speeds).exp()  # (T,head_dim/2)
-        away = places[position:, None] - places  # (T,length)
+        turns = (1.5j * here * speeds).exp()  # (T,head_dim/2)
+        away = here - places  # (T,length)
         bias = self.back[..., away.abs()]  # (layers,heads,T,length)
         if self.causal:
             bias = bias.masked_fill(away < 0, -math.inf)
@@ -769,16 +769,16 @@ def igpt_loss(igpt, rows, cfg):
     draws = targets[:, :1] == eoi  # (B,1): the caption comes first
     weight = torch.where((inputs == eoi).cumsum(1) > 0, cfg.caption_weight, cfg.image_weight)
     weight = weight.masked_fill(draws, 1).masked_fill((inputs == eot) & (targets == eot), 0)
-    logits = igpt(with_noise(igpt, inputs, cfg.noise * draws) if cfg.noise else inputs)
+    logits = igpt(with_noise(igpt, inputs, cfg.noise, draws))
     return (next_token_nll(logits, targets) * weight).sum() / weight.sum(), logits
 
-def with_noise(igpt, inputs, most):
-    """Inputs (B,T-1) -> in training the same, but of each row's picture tokens a share, drawn from
-    0 to that row's `most` (B,1), are random codes: a model that draws reads its own errors, and
-    should rather heed the caption. An iGPT without a codebook cannot tell codes: no noise."""
-    if not (igpt.training and igpt.n_codes):
+def with_noise(igpt, inputs, most, draws):
+    """Inputs (B,T-1) -> in training the same, but in rows that draw (B,1) a share of the picture
+    tokens, from 0 to `most`, are random codes: a model that draws reads its own errors, and should
+    rather heed the caption. An iGPT without a codebook cannot tell codes: no noise."""
+    if not (most and igpt.training and igpt.n_codes):
         return inputs
-    share = most * torch.rand_like(most)
+    share = most * draws * torch.rand_like(draws, dtype=torch.float)
     replace = (inputs < igpt.n_codes) & (torch.rand_like(inputs, dtype=torch.float) < share)
     return torch.where(replace, torch.randint_like(inputs, igpt.n_codes), inputs)
 

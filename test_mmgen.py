@@ -460,13 +460,13 @@ def test_split_colors_are_joined_again_and_shares_do_not_depend_on_colors():
 def test_ink_is_told_from_a_ground_of_two_colors():
     torch.manual_seed(0)
     mask, stripes = random_masks(4, 12), (torch.arange(12) % 4 < 2).float().expand(4, 12, 12)
-    light, dark, ink = torch.tensor([[0.9, 0.7, -1], [-0.9, 0.2, 0], [0.3, -1, 1]])[:, None, None]
-    ground = recolored(stripes, dark.expand(4, -1, 3)[:, 0], light.expand(4, -1, 3)[:, 0])
-    x = ground.lerp(ink[0, 0, :, None, None].expand_as(ground), mask[:, None])
+    light, dark, ink = torch.tensor([[0.9, 0.7, -1], [-0.9, 0.2, 0], [0.3, -1, 1]])
+    ground = recolored(stripes, dark.expand(4, 3), light.expand(4, 3))
+    x = ground.lerp(ink[:, None, None], mask[:, None])
     shares, colors = mmgen.split_colors(x)
     expected = torch.stack([stripes * (1 - mask), mask, (1 - stripes) * (1 - mask)], 1)
     assert torch.allclose(shares, expected, atol=1e-5)
-    assert torch.allclose(colors, torch.stack([light, ink, dark], 2)[0].expand(4, 3, 3))
+    assert torch.allclose(colors, torch.stack([light, ink, dark]).expand(4, 3, 3))
     assert torch.allclose(mmgen.join_colors(shares, colors), x, atol=1e-5)
 
 def test_factored_vqvae_keeps_colors_in_the_corners():
@@ -981,13 +981,13 @@ def test_noise_falsifies_codes_and_no_words():
     _, tokenizer, igpt = small_models()
     tokens, ids = torch.randint(24, (300, 49)), tokenizer.encode_batch(TEXTS * 100)
     rows = make_sequences(tokens, ids, tokenizer, "text_image")
-    most = torch.full((300, 1), 0.4)
-    changed = mmgen.with_noise(igpt, rows, most) != rows
+    draws = torch.ones(300, 1, dtype=torch.bool)
+    changed = mmgen.with_noise(igpt, rows, 0.4, draws) != rows
     assert not changed[rows >= 24].any()
     assert 0.14 < changed[rows < 24].float().mean() < 0.23  # mean share 0.2
     plain = iGPT(tokenizer.vocab_size, 58, 32, 2, 2)  # without a codebook it cannot tell
     for model in (plain, igpt.eval()):
-        assert torch.equal(mmgen.with_noise(model, rows, most), rows)
+        assert torch.equal(mmgen.with_noise(model, rows, 0.4, draws), rows)
 
 @pytest.mark.parametrize("order", ["image_text", "text_image"])
 def test_noise_is_for_drawing_alone(order, monkeypatch):
