@@ -60,7 +60,7 @@ Where this departs from the notes, and why:
   * A laptop sees each picture a few times only, so learning per step counts. Hence, with reasons
     where they stand: a norm before the codebook, colours coded apart, normed queries and keys,
     distances instead of places, links of codes to the codebook, noise, warped pictures, weights of
-    targets, Muon, guidance.
+    targets, Muon. And drawings that the model itself misreads are made again.
 """
 
 import difflib
@@ -89,15 +89,15 @@ def log(text, end="\n"):
     clear = "\r\x1b[K" if sys.stderr.isatty() else ""  # track may have left its line
     print(clear + text, file=sys.stderr, end=end, flush=True)
 
-def track(items, what, done=0, news=str, later=0):
+def track(items, what, done=0, news=str):
     """The items (an iterable with a length, after `done` others) one by one. On a terminal a line
-    that changes says how far it is, how fast, how much longer (with `later` seconds for what
-    follows) and what news() returns; elsewhere a line every five seconds does."""
+    that changes says how far it is, how fast, how much longer and what news() returns; elsewhere a
+    line every five seconds does."""
     live, started, shown = sys.stderr.isatty(), time.monotonic(), 0
     for i, item in enumerate(items):
         seconds = time.monotonic() - started
         if i and seconds - shown > (0.2 if live else 5):
-            shown, left = seconds, int((len(items) - i) * seconds / i + later)
+            shown, left = seconds, int((len(items) - i) * seconds / i)
             log(f"{what} {done + i}/{done + len(items)}  {i / seconds:.2f}/s  "
                 f"{left // 60}:{left % 60:02} left  {news()}", end="" if live else "\n")
         yield item
@@ -166,7 +166,7 @@ class Config(Settings):
         vqvae_dim        256     64      16      4..          channels; 64 is 12 times as fast
         vqvae_K          128     512     32      2..          codes; more: sharper, slower iGPT
         vqvae_D          256     64      16      3..          length of a code vector
-        factored         off     auto    off     off|on|auto  code shapes apart from colours
+        factored         off     on      off     off|on       code shapes apart from colours
         beta             0.25    2.0     0.25    0..          commitment weight; 0.1 to 2 work
         ema              0.0     0.0     0.0     0..0.9999    codes as moving averages, decay; 0: no
         restart          100     50      100     0..          restart codes unused for longer; 0: no
@@ -185,13 +185,13 @@ class Config(Settings):
         noise            0.0     0.3     0.0     0..1         a drawing's codes made random, at most
         augment          0.0     0.07    0.0     0..1         by how much pictures are warped
         igpt_epochs      30      30      30      1..          length of phase 2
-        igpt_steps       0       5500    60      0..          the same in steps; 0: in epochs
+        igpt_steps       0       9000    60      0..          the same in steps; 0: in epochs
         igpt_lr          1e-3    8e-3    3e-3    0..          iGPT's rate; muon: but for matrices
         joint training
         single_epochs    30      30      30      1..          length of `single`
         single_steps     0       3900    80      0..          the same in steps; 0: in epochs
         finetune_epochs  3       3       3       0..          length of phase 3; 0: none
-        finetune_steps   0       175     10      0..          the same in steps; 0: in epochs
+        finetune_steps   0       40      10      0..          the same in steps; 0: in epochs
         finetune_lr      0.01    0.0001  0.01    0..          VQ-VAE's rates in phase 3, relative
         lambda_xent      0.003   0.003   0.003   0..          of cross-entropy; 0.1: codes collapse
         lambda_warmup    0.3     0.15    0.3     0..1         share of `single` in which that is 0
@@ -225,8 +225,8 @@ class SamplingConfig(Settings):
         top_k        0      0..      only the k most likely tokens; 0: all
         top_p        1.0    1e-6..1  only the most likely tokens, down to this share in sum
         greedy       false  switch   always the most likely token
-        guidance     0.15   0..      exaggerates captions; 1: truer, less varied pictures; 0: none
-        min_p        0.003  0..1     guided: no token less likely than this share of the likeliest
+        guidance     0.0    0..      exaggerates captions; 1: truer, less varied pictures; 0: none
+        redraw       2      0..      draw again, so often at most, what is misread
     """
 
 # --- Batches: what is learned from, in an order that can be resumed -------------------------------
@@ -418,6 +418,7 @@ class VQVAE(nn.Module):
     """Pictures to tokens and back. VQVAE(dim=256, K=128, D=256) is the configuration of notes A.
     dim: channels. K: codes. D: length of a code. size: (H, W) of the pictures, by which flat rows
     of tokens are folded; others pass, all divisible by 4. codes: VectorQuantizer's options."""
+    channels = 3  # C
     def __init__(self, dim=256, K=128, D=256, size=(28, 28), **codes):
         super().__init__()
         # What builds this model again, for checkpoints
@@ -426,7 +427,7 @@ class VQVAE(nn.Module):
         self.grid = size[0] // 4, size[1] // 4  # (h, w)
         self.n_tokens = math.prod(self.grid)  # N
         self.encoder = nn.Sequential(
-            nn.Conv2d(3, dim, 4, 2, 1), nn.ReLU(),  # (B,dim,H/2,W/2)
+            nn.Conv2d(self.channels, dim, 4, 2, 1), nn.ReLU(),  # (B,dim,H/2,W/2)
             nn.Conv2d(dim, dim, 4, 2, 1),  # (B,dim,h,w)
             ResidualBlock(dim), ResidualBlock(dim), nn.ReLU(),
             nn.Conv2d(dim, D, 1),  # (B,D,h,w); the notes' pre_quantization_conv
@@ -436,7 +437,7 @@ class VQVAE(nn.Module):
         self.decoder = nn.Sequential(
             nn.Conv2d(D, dim, 1), ResidualBlock(dim), ResidualBlock(dim), nn.ReLU(),  # (B,dim,h,w)
             nn.ConvTranspose2d(dim, dim, 4, 2, 1), nn.ReLU(),  # (B,dim,H/2,W/2)
-            nn.ConvTranspose2d(dim, 3, 4, 2, 1))  # (B,3,H,W)
+            nn.ConvTranspose2d(dim, self.channels, 4, 2, 1))  # (B,C,H,W)
         self.to(memory_format=torch.channels_last)  # less reordering in convolutions: 4 % of a step
 
     def encode(self, x):
@@ -466,44 +467,40 @@ class VQVAE(nn.Module):
         return self.decode(F.embedding(tokens, self.codebook.weight).movedim(-1, 1))
 
 def split_colors(x):
-    """Pictures (B,3,H,W) of up to three colours and their blends -> shares (B,3,H,W) that ground,
-    ink and a second ground colour have in each pixel, in sum 1, and these colors (B,3,3), a row of
-    red, green, blue each. So a red seven on blue and a white one on black have equal shares."""
+    """Pictures (B,3,H,W) -> the shares (B,4,H,W) that four colours have in each pixel, in sum 1,
+    and these colors (B,4,3), a row of red, green, blue each: two of the ground, the ink, and one
+    more, as every colour there is can be mixed of four. So a red seven on blue and a white one on
+    black have equal shares."""
     # What is on the edge is ground: there take a light colour and a dark one, but not the lightest
     # and darkest, which may be strokes that touch the edge
     edge = torch.cat([x[:, :, [0, -1]].flatten(2), x[..., [0, -1]].flatten(2)], 2).float()
     luma = (edge * edge.new_tensor([[0.3], [0.6], [0.1]])).sum(1, keepdim=True)  # (B,1,2H+2W)
     some = luma.argsort(2)[..., [-luma.shape[2] // 20, luma.shape[2] // 20]]
     ground, second = edge.take_along_dim(some, 2).split(1, 2)  # (B,3,1) each
-    # inverse(axes) @ points are coordinates along axes (B,3,n); directions shorter than 0.2,
-    # between colours that are alike, have none
-    inverse = functools.partial(torch.linalg.pinv, atol=0.2, rtol=0.0)
-    # From the ground as origin, blends with the second lie on a line; the ink is farthest from it
-    points, line = x.float().flatten(2) - ground, second - ground  # (B,3,H*W)
-    off = points - line @ (inverse(line) @ points)
-    ink = points.take_along_dim(off.square().sum(1, keepdim=True).argmax(2, keepdim=True), 2)
-    axes = torch.cat([ink, line], 2)  # (B,3,2)
-    shares = inverse(axes) @ points  # (B,2,H*W)
-    shares = torch.cat([1 - shares.sum(1, keepdim=True), shares], 1).view_as(x)
+    # With the ground as origin a colour is an axis, and inverse(axes) @ points are a pixel's shares
+    inverse = functools.partial(torch.linalg.pinv, atol=0.2, rtol=0.0)  # shorter axes have none
+    points, axes = x.float().flatten(2) - ground, second - ground  # (B,3,H*W), (B,3,1)
+    for _ in range(2):  # the ink is farthest from the line of the grounds, the last from the plane
+        off = points - axes @ (inverse(axes) @ points)  # (B,3,H*W)
+        squared, far = off.square().sum(1, keepdim=True).max(2, keepdim=True)  # (B,1,1) each
+        axes = torch.cat([axes, points.take_along_dim(far, 2) * (squared > 0.04)], 2)
+    shares = inverse(axes) @ points  # (B,3,H*W)
+    shares = torch.cat([1 - shares.sum(1, keepdim=True), shares], 1).unflatten(2, x.shape[2:])
     return shares, (ground + F.pad(axes, (1, 0))).mT
 
 def join_colors(shares, colors):
-    """The way back: shares (B,3,H,W), colors (B,3,3) -> pictures (B,3,H,W)."""
-    return (colors.mT @ shares.flatten(2)).view_as(shares)
+    """The way back: shares (B,4,H,W), colors (B,4,3) -> pictures (B,3,H,W)."""
+    return (colors.mT @ shares.flatten(2)).unflatten(2, shares.shape[2:])
 
-def few_colored(images):
-    """Pictures uint8 (M,H,W,3) -> are they three colours and their blends? Then they lose next to
-    nothing on average when they are split and joined again; one in twenty will tell."""
-    x = to_float(torch.from_numpy(images[::20]))
-    return F.mse_loss(join_colors(*split_colors(x)), x).item() < 0.002
-
-CORNERS = ..., [0, 0, -1], [0, -1, 0]  # index: grids (...,h,w) -> three corner cells
+# Index: grids (...,h,w) -> the corner cells of the ground, its second colour, the ink, the last
+CORNERS = ..., [0, -1, 0, -1], [0, 0, -1, -1]
 
 class FactoredVQVAE(VQVAE):
-    """A VQVAE that codes shapes apart from colours, for pictures that are few_colored and of 8 x 8
-    pixels at least. In a plain one every token tells the colours of ground and ink again, and few
-    bits are left for the stroke. Here encoder and decoder work on the colours' shares, and each of
-    three corner tokens says a colour, added to what it says of its corner. Arguments: VQVAE's."""
+    """A VQVAE that codes shapes apart from colours, for pictures of 8 x 8 pixels at least. In a
+    plain one every token tells the colours of ground and ink again, and few bits are left for the
+    stroke. Here encoder and decoder work on the colours' shares, and each of the four corner tokens
+    says a colour, added to what it says of its corner. Arguments: VQVAE's."""
+    channels = 4
     def __init__(self, *sizes, **codes):
         super().__init__(*sizes, **codes)
         dim, D = self.options["dim"], self.options["D"]
@@ -514,11 +511,11 @@ class FactoredVQVAE(VQVAE):
     def encode(self, x):
         shares, colors = split_colors(x)
         z = self.encoder(2 * shares - 1)  # (B,D,h,w)
-        z[CORNERS] += self.colors_in(colors).mT  # (B,D,3)
+        z[CORNERS] += self.colors_in(colors).mT  # (B,D,4)
         return self.norm(z)
 
     def decode(self, z):
-        shares = (self.decoder(z).float() + 1) / 2  # (B,3,4h,4w)
+        shares = (self.decoder(z).float() + 1) / 2  # (B,4,4h,4w)
         shares[:, 0] = 1 - shares[:, 1:].sum(1)  # what the decoder says of the ground is not used
         return join_colors(shares, self.colors_out(z[CORNERS].mT).float())
 
@@ -597,11 +594,10 @@ class iGPT(nn.Module):
     def __init__(self, vocab_size, context_length, d_model=128, n_heads=4, n_layers=4, dropout=0.1,
                  codebook=None, orders=ORDERS[:2]):
         super().__init__()
-        # What builds this model again, for checkpoints
+        # What builds this model again, for checkpoints; each is an attribute, too
         self.options = dict(vocab_size=vocab_size, context_length=context_length, d_model=d_model,
                             n_heads=n_heads, n_layers=n_layers, dropout=dropout, orders=orders)
-        self.vocab_size, self.context_length = vocab_size, context_length
-        self.n_heads, self.orders = n_heads, orders
+        vars(self).update(self.options)
         self.n_codes = 0 if codebook is None else len(codebook)  # K, as far as it is known
         self.embedding = nn.Embedding(vocab_size, d_model)
         self.back = nn.Parameter(torch.zeros(n_layers, n_heads, context_length))
@@ -845,10 +841,9 @@ def make_optimizer(cfg, modules, factors):
     for kind, module in modules.items():
         for name, p in module.named_parameters():
             part = "codebook" if name == "codebook.weight" else kind
-            # Muon is for linear maps and convolutions; rows of embeddings and outputs belong to
-            # tokens, and filters on three colours are no matrices to speak of
+            # Muon is for linear maps and convolutions; rows of embeddings and outputs are tokens'
             inside = name.startswith(("blocks", "encoder", "decoder", "colors"))
-            matrix = cfg.optimizer == "muon" and inside and p.dim() > 1 and min(p.shape[:2]) > 3
+            matrix = cfg.optimizer == "muon" and inside and p.dim() > 1
             rate = Muon.LR if matrix else getattr(cfg, f"{kind}_lr")
             group = {"params": [], "name": part, "orthogonal": matrix,
                      "lr": rate * factors.get(part, 1.0)}
@@ -885,19 +880,19 @@ class Trainer:
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
         self.step, self.step_losses = 0, []
 
-    def train(self, train_loader, test_loader, num_epochs, on_step=None, on_pass=None, later=0):
+    def train(self, train_loader, test_loader, num_epochs, on_step=None, on_pass=None):
         """Train until num_epochs passes of the loader are done, going on from self.step. Loaders
         are Batches, or any iterables of batches with a length; a pass is what the notes call an
         epoch. on_step(trainer) is called before each step, on_pass(row) after each pass with a dict
-        of its figures. later: see track. Returns (train_losses, test_losses), a float for each pass
-        made here, which leaves the modules in eval mode. Raises InputError as train_step does."""
+        of its figures. Returns (train_losses, test_losses), a float for each pass made here, which
+        leaves the modules in eval mode. Raises InputError as train_step does."""
         n, train_losses, test_losses = len(train_loader), [], []
         steps = range(self.step, n * num_epochs)
         batches = itertools.chain.from_iterable(itertools.repeat(train_loader))
         if isinstance(train_loader, Batches):  # a resumed run may begin within a pass
             batches = map(train_loader.__getitem__, steps)
         news = lambda: f"loss {self.step_losses[-1]:.4f}"
-        for _, batch in zip(track(steps, self.phase, self.step, news, later), batches):
+        for _, batch in zip(track(steps, self.phase, self.step, news), batches):
             if on_step:
                 on_step(self)
             self.train_step(batch)
@@ -1036,8 +1031,8 @@ class JointTrainer(Trainer):
         error = distance.detach().amin(-1).mean().clamp(min=1e-6)
         soft = (-distance / (self.TAU * error)).softmax(-1)  # (B,N,K)
         # Logits will do for log p: they differ by a number for each token, and soft sums up to 1
-        logits = logits.detach()[rows[:, 1:] < t.n_embeddings]  # (B*N,V), where a code is next
-        logits = logits[:, : t.n_embeddings].view_as(soft)  # (B,N,K)
+        where = rows[:, 1:] < t.n_embeddings  # a code is next
+        logits = logits.detach()[where, : t.n_embeddings].view_as(soft)  # (B,N,K)
         return xent - ((soft - soft.detach()) * logits).sum(-1).mean()
 
 # --- Regimes: which phases train which models on what (notes B) -----------------------------------
@@ -1071,10 +1066,9 @@ class Data:
 
 def new_vqvae(cfg, images):
     """The VQ-VAE of a Config for pictures uint8 (M,H,W,3)."""
-    build, size = VQVAE, images.shape[1:3]
-    # Factored colours lie in three corner tokens, so there must be three
-    if min(size) >= 8 and (cfg.factored == "on" or cfg.factored == "auto" and few_colored(images)):
-        build = FactoredVQVAE
+    size = images.shape[1:3]
+    # Factored colours lie in four corner tokens, so there must be four
+    build = FactoredVQVAE if cfg.factored == "on" and min(size) >= 8 else VQVAE
     torch.manual_seed(cfg.seed)
     return build(cfg.vqvae_dim, cfg.vqvae_K, cfg.vqvae_D, size, ema=cfg.ema, restart=cfg.restart)
 
@@ -1108,7 +1102,7 @@ def prepare_phase(phase, cfg, data, models, device):
     """Models that the phases before have left -> the Models of a phase, its Trainer, and what
     Trainer.train wants: training batches, test batches and number of passes. Raises InputError if
     the phase goes on from models that are not there."""
-    vqvae, igpt, tokenizer = models.vqvae, models.igpt, models.tokenizer
+    vqvae, igpt, tokenizer = vars(models).values()
     train, test = data.train_images, data.test_images[FEW]
     if phase == "vqvae":
         train, test = data.vqvae_train, data.vqvae_test[FEW]
@@ -1151,10 +1145,9 @@ def phase_trainer(phase, cfg, models, device, total):
     optimizer = make_optimizer(cfg, modules, factors)
     scheduler = create_cosine_scheduler(optimizer, int(WARMUP * total), total)
     options = dict(cfg=cfg, scheduler=scheduler, bf16=use_bf16(cfg.precision, device))
-    if phase == "vqvae":
-        return VQVAETrainer(models.vqvae, optimizer, device, **options)
-    if phase == "igpt":
-        return iGPTTrainer(models.igpt, optimizer, device, **options)
+    for kind in VQVAETrainer, iGPTTrainer:
+        if phase == kind.phase:
+            return kind(modules[phase], optimizer, device, **options)
     return JointTrainer(phase, models, optimizer, device, total, **options)
 
 def train_regime(regime, cfg, data, models=None, device="cpu"):
@@ -1214,21 +1207,14 @@ def decode(model, prompts, span):
         logits, position = model(tokens, tables, caches, position), position + tokens.shape[1]
         tokens = yield logits[:, -1]
 
-def guide(cond, uncond, how):
-    """Guidance without a classifier (Ho & Salimans 2022): logits (B,S) with and without a condition
-    -> those that exaggerate what it changes. This may lift a token that is merely rare without the
-    condition, so what the condition all but rules out takes no part (min-p)."""
-    hopeless = (cond - cond.amax(1, keepdim=True)).exp() < how.min_p  # p(token) / p(likeliest)
-    return (cond + how.guidance * (cond - uncond)).masked_fill(hopeless, -math.inf)
-
 @torch.no_grad()
 def generate(model, prompts, n_new, span, how, unconditional=(), closing=False):
     """Continue prompts, int64 (B,T) on any device, by n_new >= 1 tokens -> int64 (B,n_new). The
     model is in eval mode afterwards.
-    span: (low, high), the only ids allowed. how: a SamplingConfig. unconditional: for guidance, the
-    prompt without its condition, int64 (1,T'). closing: the span's last id ends a row, so it is not
-    the first; what follows it is of no meaning. Raises InputError for a ParallelPredictor and
-    beyond the context."""
+    span: (low, high), the only ids allowed. how: a SamplingConfig. unconditional: for guidance (Ho
+    & Salimans 2022), the prompt without its condition, int64 (1,T'). closing: the span's last id
+    ends a row, so it is not the first; what follows it is of no meaning. Raises InputError for a
+    ParallelPredictor and beyond the context."""
     if not model.eval().causal:
         raise InputError("a parallel predictor draws pictures from captions and does nothing else")
     rows = []
@@ -1236,9 +1222,9 @@ def generate(model, prompts, n_new, span, how, unconditional=(), closing=False):
         branches = [decode(model, p.expand(len(part), -1), span) for p in (part, *unconditional)]
         new, token = [], None  # a generator is started by sending None
         for _ in range(n_new):
-            logits, *uncond = [branch.send(token) for branch in branches]  # (B,S) each
-            if uncond:
-                logits = guide(logits, *uncond, how)
+            logits, *without = [branch.send(token) for branch in branches]  # (B,S) each
+            for uncond in without:  # exaggerate what the condition changes
+                logits = logits + how.guidance * (logits - uncond)
             if closing and not new:
                 logits[:, -1] = -math.inf
             token = span[0] + sample_token(logits, how)[:, None]  # (B,1)
@@ -1270,7 +1256,9 @@ class Models:
 
     @torch.no_grad()
     def images(self, captions, how):
-        """B captions -> picture tokens int64 (B,N). Raises InputError as text_encode does."""
+        """B captions -> picture tokens int64 (B,N). A drawing that is misread is made again,
+        `redraw` times at most: what is false goes, what is true stays as varied as it is (rejection
+        sampling). Raises InputError as text_encode does."""
         self.expect("text_image")
         t, N, nothing = self.tokenizer, self.vqvae.n_tokens, ()
         prompts = text_prompts(t, captions)  # (B,L+3)
@@ -1279,7 +1267,19 @@ class Models:
             return sample_token(self.igpt(rows)[:, -N:, : t.n_embeddings], how)  # (B,N,K) -> (B,N)
         if how.guidance and "image_text" in self.igpt.orders:  # a picture that no caption precedes
             nothing = torch.tensor([[t.bos_token, t.end_of_text_token]])
-        return self.continue_images(prompts, N, how, nothing)
+        tokens = self.continue_images(prompts, N, how, nothing)
+        for _ in range(how.redraw):
+            if again := self.misread(tokens, captions):
+                tokens[again] = self.continue_images(prompts[again], N, how, nothing)
+        return tokens
+
+    def misread(self, tokens, captions):
+        """Picture tokens (B,N), B captions -> list of the rows where it reads another word than the
+        caption's. Through pixels, as people do: nobody sees a red seven on red."""
+        if "image_text" not in self.igpt.orders:
+            return []  # it cannot read
+        seen = extract_tokens(self.vqvae, decode_pictures(self.vqvae, tokens))
+        return span_sums(self, seen, captions, "image_text")[4].nonzero()[:, 0].tolist()
 
     def captions(self, tokens, how):
         """Picture tokens (B,N) -> list of B captions."""
@@ -1290,11 +1290,15 @@ class Models:
     def pairs(self, n, how):
         """n pairs from nothing: BOS EOI, a caption, and then a picture for it -> picture tokens
         (n,N), list of n captions. (A picture that comes first may show no clear digit, and training
-        does not ask for more, see igpt_loss.)"""
+        does not ask for more, see igpt_loss.) Pairs that stay misread are replaced by new ones."""
         t = self.tokenizer
         prompts = torch.tensor([[t.bos_token, t.end_of_image_token]]).expand(n, 2)
         captions = self.continue_captions(prompts, t.caption_length, how)
-        return self.images(captions, how), captions
+        tokens = self.images(captions, how)
+        if how.redraw:
+            for i in self.misread(tokens, captions):
+                tokens[i], [captions[i]] = self.pairs(1, how.but(redraw=how.redraw - 1))
+        return tokens, captions
 
 # --- Evaluation: what the two models are worth, over the whole test split -------------------------
 #
@@ -1304,21 +1308,21 @@ class Models:
 @torch.no_grad()
 def span_sums(models, tokens, captions, order):
     """Teacher forcing (each token is predicted from the true ones before it) over M pictures'
-    tokens (M,N) and captions in one of the ORDERS -> of each pair (4,M): nats of the picture, nats
-    of the caption, codes guessed right, number of the caption's targets. The iGPT is in eval mode
-    afterwards.
-    The targets are its words and, where it is short, the EOT that ends it; marks whose place is
-    certain count nowhere."""
+    tokens (M,N) and captions in one of the ORDERS -> of each pair (5,M): nats of the picture, nats
+    of the caption, codes guessed right, the caption's targets, and those of them than which another
+    word is e times as likely, or more. (Targets are its words and, where it is short, the EOT that
+    ends it; marks whose place is certain count nowhere.) The iGPT is in eval mode afterwards."""
     t, igpt, sums = models.tokenizer, models.igpt.eval(), []
     rows = make_sequences(tokens.cpu(), t.encode_batch(captions), t, order)
     for part in track(rows.to(igpt.head.weight.device).split(CHUNK), "predicting"):
         inputs, targets = part[:, :-1], part[:, 1:]  # (B,T-1) both, as are all below
         logits = igpt(inputs)  # (B,T-1,V)
         nats, code = next_token_nll(logits, targets), targets < t.n_embeddings
-        hits = code & (logits.argmax(2) == targets)
+        best = next_token_nll(logits, logits.argmax(2))
         said = (inputs == t.end_of_image_token).cumsum(1).cumsum(1)  # the EOI is 1, then 2, 3 ...
         text = (said > 0) & (said <= t.caption_length) & (inputs != t.end_of_text_token)
-        sums.append(torch.stack([nats * code, nats * text, hits, text]).sum(2))  # (4,B)
+        rows = nats * code, nats * text, code & (nats == best), text, text & (nats > best + 1)
+        sums.append(torch.stack(rows).sum(2))  # (5,B)
     return torch.cat(sums, 1)
 
 def compare_captions(models, tokens, captions, how):
@@ -1345,7 +1349,7 @@ def evaluate(models, images, captions, how=SamplingConfig(), seed=0):
         caption_exact: + greedy captions of true pictures that are wholly right
         caption_slot_accuracy: + their words that are right, place by place
         round_trip_exact: + a picture drawn for each caption and read again: the same caption
-        round_trip_unguided: + the same without guidance: what the model itself has learned
+        round_trip_unguided: + the same, drawn once, without guidance: what the model has learned
     """
     vqvae, igpt, N = models.vqvae, models.igpt, models.vqvae.n_tokens
     tokens = extract_tokens(vqvae, images)  # (M,N)
@@ -1353,7 +1357,7 @@ def evaluate(models, images, captions, how=SamplingConfig(), seed=0):
     torch.manual_seed(seed)
     for order in igpt.orders:
         # Nats are shared out among N codes a picture, and among the targets of all captions
-        picture, text, hits, words = span_sums(models, tokens, captions, order).mean(1).tolist()
+        picture, text, hits, words, _ = span_sums(models, tokens, captions, order).mean(1).tolist()
         if order == "text_image":
             out |= dict(nll_text_to_image=picture / N, code_accuracy=hits / N)
             if igpt.causal:  # a ParallelPredictor is shown the words that it would predict
@@ -1363,7 +1367,7 @@ def evaluate(models, images, captions, how=SamplingConfig(), seed=0):
             out["caption_exact"], out["caption_slot_accuracy"] = compare_captions(
                 models, tokens, captions, how)
     if "nll_text" in out and "nll_image" in out:  # it can draw, and read what it drew
-        for name, drawing in ("exact", how), ("unguided", how.but(guidance=0.0)):
+        for name, drawing in ("exact", how), ("unguided", how.but(guidance=0.0, redraw=0)):
             # Through pixels: what we read is what a person would be shown
             made = extract_tokens(vqvae, decode_pictures(vqvae, models.images(captions, drawing)))
             out[f"round_trip_{name}"], _ = compare_captions(models, made, captions, how)
@@ -1681,7 +1685,7 @@ def generate_unconditional(model, tokenizer, vqvae, n_samples, device, how=Sampl
 # makes torch refuse all but tensors and plain values. Samples are a PPM, the plainest of picture
 # formats (size and pixels), or a PNG, which every program shows; and .npy, for programs.
 
-FORMAT = 7  # of checkpoints; raise it whenever an old file would be misread
+FORMAT = 8  # of checkpoints; raise it whenever an old file would be misread
 VQVAE_FILE, IGPT_FILE = "checkpoints/vqvae_model.pth", "checkpoints/igpt_model.pth"  # of a run
 
 def atomic_write(path, data, patience=0):
@@ -1828,8 +1832,7 @@ def picture_grid(images, captions=(), scale=0, together=1, columns=0):
     of so many columns or about square. captions: N texts to go below. together: so many neighbours,
     the samples of one prompt, are not torn apart."""
     scale = scale or max(1, 112 // images.shape[2])
-    tiles = images.repeat(scale, 1).repeat(scale, 2)  # (N,h,w,3)
-    tiles = add_texts(tiles, captions)
+    tiles = add_texts(images.repeat(scale, 1).repeat(scale, 2), captions)  # (N,h,w,3)
     columns = columns or together * math.ceil(len(images) ** 0.5 / together)
     margins = (0, -len(images) % columns), (1, 1), (1, 1), (0, 0)  # the first fills the last row up
     tiles = np.pad(tiles, margins, constant_values=128)
@@ -1962,12 +1965,12 @@ class Run:
             # the trainer, written before, then replaces both
             models = load_models(self.folder, device, phase, bool(self.state["trainer"]))
             if i == 0:  # a copy, for the steps of the rehearsal change the models
-                seconds = rehearse(phases, cfg, data, copy.deepcopy(models), device)
+                rehearse(phases, cfg, data, copy.deepcopy(models), device)
             models, trainer, loaders = prepare_phase(phase, cfg, data, models, device)
             self.restore(trainer)
             if compiled:
                 trainer.compile(loaders[1][0])
-            trainer.train(*loaders, self.on_step, self.on_pass, sum(seconds[i + 1 :]))
+            trainer.train(*loaders, self.on_step, self.on_pass)
             # Files first, then the state that counts on them: a kill in between costs some steps
             if phase != "igpt":
                 report_codebook(models.vqvae, data.vqvae_test, self.folder)
@@ -1977,8 +1980,8 @@ class Run:
             self.save(trainer=None, done=self.state["done"] + 1)
 
 def rehearse(phases, cfg, data, models, device):
-    """A few steps of each phase, on few data -> the seconds that all steps of each will take. What
-    cannot work fails now, rather than in the last phase. The models are trained by it."""
+    """A few steps of each phase, on few data, tell how long all will take; what cannot work fails
+    now, rather than in the last phase. This changes the models."""
     few = Data(*(part[: 2 * cfg.batch_size] for part in vars(data).values()))
     cfg, plan = cfg.but(lambda_warmup=0.0), {}  # with the transformer from the first step on
     for phase in phases:
@@ -1993,18 +1996,16 @@ def rehearse(phases, cfg, data, models, device):
     log(f"to do: {', '.join(plan)}, about {sum(plan.values()):.0f} s on {device}, "
         f"{torch.get_num_threads()} threads, "
         f"{'bf16' if use_bf16(cfg.precision, device) else 'float32'}")
-    return list(plan.values())
 
 def draw_curves(rows):
-    """The rows of the curves' table -> uint8 (H,W,3). Where both losses meet, they are yellow."""
+    """The rows of the curves' table -> uint8 (H,W,3). Where both losses meet, they are yellow; at
+    each power of ten there is a grey line."""
     curves = [[row["test_loss"], row["train_loss"], row["lr"]] for row in rows]  # red, green, blue
-    heights = np.logspace(1, -6, 560)[:, None, None]
+    heights = np.logspace(1, -6, 560, endpoint=False)[:, None, None]
     picture = np.isclose(heights, curves, rtol=0.04).repeat(24, 1) * np.uint8(255)  # (560,W,3)
-    # Each number stands at its height, the lower end of its power of ten
-    scale = np.zeros((7, 72, 48, 3), np.uint8)
-    scale = add_texts(scale, "1 0.1 0.01 0.001 0.0001 0.00001 0.000001".split())
-    picture = np.hstack([scale.reshape(560, 48, 3), picture])
-    return picture_grid(picture[None], ["red: test loss  green: training loss  blue: rate"])
+    picture[80::80] |= 64
+    legend = "red: test loss  green: training loss  blue: rate  lines: 1, 0.1, 0.01 ..."
+    return picture_grid(picture[None], [legend])
 
 def report_codebook(vqvae, images, folder):
     """After a phase that trained the VQ-VAE: is it good enough to go on? Over the whole test set;
@@ -2168,8 +2169,8 @@ def make_samples(options, models, prompts):
         if options.complete:
             begun = image_prompts(models.tokenizer, tokens)[:, : 2 + kept]  # BOS EOT and the rows
             drawn = models.continue_images(begun, h * w - kept, options)
-            if isinstance(models.vqvae, FactoredVQVAE):  # this corner holds a colour, it stays
-                drawn[:, -w] = tokens[:, -w]
+            if isinstance(models.vqvae, FactoredVQVAE):  # the lower corners' colours stay
+                drawn[:, [-w, -1]] = tokens[:, [-w, -1]]
             tokens[:, kept:] = drawn
         captions = models.captions(tokens, options)
     if best_of > 1:
@@ -2182,15 +2183,14 @@ def make_samples(options, models, prompts):
 
 def likelihoods(models, tokens, captions):
     """B pictures' tokens (B,N), or the first few of each, and captions -> nats of log p(picture |
-    caption), log p(caption | picture) and log p(pair), each (B,); NaN where the model was not
-    trained on the order that could tell. A pair's probability is the mean over the orders, as the
-    model was trained on each as often as on the others."""
-    if not models.igpt.causal:
-        raise InputError("a parallel predictor cannot tell how likely a caption is")
-    log_p = {order: -span_sums(models, tokens, captions, order)[:2] for order in models.igpt.orders}
-    pair = torch.stack([*log_p.values()]).sum(1).logsumexp(0) - math.log(len(log_p))
-    unknown = [math.nan * pair] * 2
-    return log_p.get("text_image", unknown)[0], log_p.get("image_text", unknown)[1], pair
+    caption), log p(caption | picture) and log p(pair), each (B,). A pair's probability is the mean
+    over both orders, as the model was trained on each as often as on the other. Raises InputError
+    for a model that was not."""
+    if not {*ORDERS[:2]} <= {*models.igpt.orders}:
+        raise InputError("this model was not trained both to draw and to read")
+    reading, drawing = (-span_sums(models, tokens, captions, order)[:2] for order in ORDERS[:2])
+    pair = torch.logaddexp(drawing.sum(0), reading.sum(0)) - math.log(2)  # of (2,B) each
+    return drawing[0], reading[1], pair
 
 def finish_caption(models, caption, how):
     """A caption -> itself, with a warning if it is of an unusual length; or, if it ends in "...",
