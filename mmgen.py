@@ -120,10 +120,10 @@ def parse(cell):
 class Settings:
     """Base of the classes below. Each line of a class's `table` makes a field, and a flag of the
     command line (vqvae_dim is --vqvae-dim): name, default (or the values in all PRESETS, of which
-    the first is the default), range, choices or a word, and what to know before turning it. A line
-    of one cell is the heading of a group. A class holds the defaults, an object its own values,
-    given by name. Raises InputError for a value of another type or out of its range, TypeError for
-    a name that is not in the table."""
+    the first is the default), range, choices or a word, and what to know before turning it, with
+    two blanks or more between them. A line of one cell heads a group. A class holds the defaults,
+    an object its own values, given by name. Raises InputError for a value of another type or out of
+    its range, TypeError for a name that is not in the table."""
     table, fields = "", {}
     def __init_subclass__(cls):
         cls.fields, group = {}, ""
@@ -189,7 +189,7 @@ class Config(Settings):
         igpt_lr          1e-3    8e-3    3e-3    0..          iGPT's rate; muon: but for matrices
         joint training
         single_epochs    30      30      30      1..          length of `single`
-        single_steps     0       3900    80      0..          the same in steps; 0: in epochs
+        single_steps     0       6300    80      0..          the same in steps; 0: in epochs
         finetune_epochs  3       3       3       0..          length of phase 3; 0: none
         finetune_steps   0       40      10      0..          the same in steps; 0: in epochs
         finetune_lr      0.01    0.0001  0.01    0..          VQ-VAE's rates in phase 3, relative
@@ -469,10 +469,10 @@ class VQVAE(nn.Module):
 def split_colors(x):
     """Pictures (B,3,H,W) -> the shares (B,4,H,W) that four colours have in each pixel, in sum 1,
     and these colors (B,4,3), a row of red, green, blue each: two of the ground, the ink, and one
-    more, as every colour there is can be mixed of four. So a red seven on blue and a white one on
-    black have equal shares."""
-    # What is on the edge is ground: there take a light colour and a dark one, but not the lightest
-    # and darkest, which may be strokes that touch the edge
+    more, as all colours are mixtures of four (with shares below 0 or above 1, where need be). So a
+    red seven on blue and a white seven on black have equal shares."""
+    # What is on the edge is ground: take a light colour there and a dark one, but not the lightest
+    # and darkest, which may be strokes that touch the edge. The light one is called the ground
     edge = torch.cat([x[:, :, [0, -1]].flatten(2), x[..., [0, -1]].flatten(2)], 2).float()
     luma = (edge * edge.new_tensor([[0.3], [0.6], [0.1]])).sum(1, keepdim=True)  # (B,1,2H+2W)
     some = luma.argsort(2)[..., [-luma.shape[2] // 20, luma.shape[2] // 20]]
@@ -480,11 +480,11 @@ def split_colors(x):
     # With the ground as origin a colour is an axis, and inverse(axes) @ points are a pixel's shares
     inverse = functools.partial(torch.linalg.pinv, atol=0.2, rtol=0.0)  # shorter axes have none
     points, axes = x.float().flatten(2) - ground, second - ground  # (B,3,H*W), (B,3,1)
-    for _ in range(2):  # the ink is farthest from the line of the grounds, the last from the plane
+    for _ in range(2):  # the ink is farthest from the grounds' line, the last from their plane
         off = points - axes @ (inverse(axes) @ points)  # (B,3,H*W)
         squared, far = off.square().sum(1, keepdim=True).max(2, keepdim=True)  # (B,1,1) each
         axes = torch.cat([axes, points.take_along_dim(far, 2) * (squared > 0.04)], 2)
-    shares = inverse(axes) @ points  # (B,3,H*W)
+    shares = inverse(axes) @ points  # (B,3,3) @ (B,3,H*W)
     shares = torch.cat([1 - shares.sum(1, keepdim=True), shares], 1).unflatten(2, x.shape[2:])
     return shares, (ground + F.pad(axes, (1, 0))).mT
 
@@ -499,7 +499,7 @@ class FactoredVQVAE(VQVAE):
     """A VQVAE that codes shapes apart from colours, for pictures of 8 x 8 pixels at least. In a
     plain one every token tells the colours of ground and ink again, and few bits are left for the
     stroke. Here encoder and decoder work on the colours' shares, and each of the four corner tokens
-    says a colour, added to what it says of its corner. Arguments: VQVAE's."""
+    says a colour, which is added to the features of its cell. Arguments: VQVAE's."""
     channels = 4
     def __init__(self, *sizes, **codes):
         super().__init__(*sizes, **codes)
@@ -633,12 +633,12 @@ class iGPT(nn.Module):
         embedding, output = tables or self.tables()
         x = F.embedding(tokens, embedding)  # (B,T,d)
         # Attention is told distances, in two ways: queries and keys are turned in proportion to
-        # their place (rotary, Su et al. 2021), and each head learns how much it likes what lies so
-        # many tokens back (T5's bias, Raffel et al. 2020). So what is learned about the cell to the
-        # left or the one above holds all over the picture and in both orders
+        # their place, so that products depend on the distance (rotary, Su et al. 2021), and each
+        # head learns how much it likes what lies so far off (T5's bias, Raffel et al. 2020). So
+        # what is learned about a neighbour holds all over the picture and in both orders
         places = torch.arange(length, device=x.device)
         here = places[position:, None]  # of the tokens that are given, (T,1)
-        # A quarter turn a token is the fastest, a hundredth of it the slowest
+        # About a quarter turn a token is the fastest, a hundredth of it the slowest
         speeds = 100 ** -torch.linspace(0, 1, x.shape[2] // self.n_heads // 2, device=x.device)
         turns = (1.5j * here * speeds).exp()  # (T,head_dim/2)
         away = here - places  # (T,length)
@@ -691,9 +691,9 @@ def mixed_sequences(tokens, text_ids, tokenizer, orders):
 
 def pick_warped(orders, clean, warped):
     """Two batches (B,...) of the same pictures -> one to go with mixed_sequences: warped where a
-    picture comes before its caption. Else what is learned there, to go on as the first strokes look
-    like, overrides a caption; where the pictures differ, a model heeds the caption. A quarter of
-    the others is warped, too: more hands than the data have."""
+    picture comes before its caption. From such rows a model learns to go on as the strokes so far
+    look like, and would do so after a caption as well; as they look warped, it tells the two cases
+    apart and heeds the caption. Of other rows a quarter is warped, too, to vary the handwriting."""
     n, picked = len(orders), []
     for a, b, order in zip(clean.tensor_split(n), warped.tensor_split(n), orders):
         end = len(a) // (4 if order == "text_image" else 1)  # rows come in random order
@@ -758,8 +758,8 @@ def igpt_loss(igpt, rows, cfg):
     """Sequences (B,T) -> weighted mean nats a target, a scalar, and the logits (B,T-1,V).
     The EOTs that fill up a short caption count nothing. Where the picture comes first, all up to
     its end counts image_weight: what is learned there draws without a caption (see pick_warped).
-    The words after it count caption_weight: 6 targets of 57, but none else teach reading. Noise is
-    for rows that begin with the caption: who learns to read had better see what is there."""
+    The words after it count caption_weight: few targets, but no others teach reading. Noise is for
+    rows that begin with the caption: who learns to read had better see what is there."""
     inputs, targets = rows[:, :-1], rows[:, 1:]
     eot, eoi, _ = specials(igpt.vocab_size)
     draws = targets[:, :1] == eoi  # (B,1): the caption comes first
@@ -769,9 +769,9 @@ def igpt_loss(igpt, rows, cfg):
     return (next_token_nll(logits, targets) * weight).sum() / weight.sum(), logits
 
 def with_noise(igpt, inputs, most, draws):
-    """Inputs (B,T-1) -> in training the same, but in rows that draw (B,1) a share of the picture
-    tokens, from 0 to `most`, are random codes: a model that draws reads its own errors, and should
-    rather heed the caption. An iGPT without a codebook cannot tell codes: no noise."""
+    """Inputs (B,T-1) -> the same; but in training, and in rows where draws (B,1) is true, a random
+    share of the picture tokens, `most` at most, becomes random codes: a model that draws reads its
+    own errors, and should rather heed the caption. An iGPT without a codebook cannot tell codes."""
     if not (most and igpt.training and igpt.n_codes):
         return inputs
     share = most * draws * torch.rand_like(draws, dtype=torch.float)
@@ -1102,7 +1102,7 @@ def prepare_phase(phase, cfg, data, models, device):
     """Models that the phases before have left -> the Models of a phase, its Trainer, and what
     Trainer.train wants: training batches, test batches and number of passes. Raises InputError if
     the phase goes on from models that are not there."""
-    vqvae, igpt, tokenizer = vars(models).values()
+    vqvae, igpt, tokenizer = models.vqvae, models.igpt, models.tokenizer
     train, test = data.train_images, data.test_images[FEW]
     if phase == "vqvae":
         train, test = data.vqvae_train, data.vqvae_test[FEW]
@@ -1135,8 +1135,8 @@ def prepare_phase(phase, cfg, data, models, device):
     return models, trainer, (train, make(test, 125, test_ids), passes)
 
 def phase_trainer(phase, cfg, models, device, total):
-    """The Trainer of a phase of `total` steps. A codebook that also a transformer pulls at learns
-    slower. In phase 3 all do: the models fit each other, and larger steps would part them."""
+    """The Trainer of a phase of `total` steps. A codebook at which the transformer pulls, too, gets
+    a smaller rate. In phase 3 all do: the models fit each other, larger steps would part them."""
     modules, factors = {"vqvae": models.vqvae, "igpt": models.igpt}, {"codebook": CODEBOOK}
     if phase == "finetune":
         factors = dict(vqvae=cfg.finetune_lr, codebook=cfg.finetune_lr, igpt=IGPT)
@@ -1212,8 +1212,8 @@ def generate(model, prompts, n_new, span, how, unconditional=(), closing=False):
     """Continue prompts, int64 (B,T) on any device, by n_new >= 1 tokens -> int64 (B,n_new). The
     model is in eval mode afterwards.
     span: (low, high), the only ids allowed. how: a SamplingConfig. unconditional: for guidance (Ho
-    & Salimans 2022), the prompt without its condition, int64 (1,T'). closing: the span's last id
-    ends a row, so it is not the first; what follows it is of no meaning. Raises InputError for a
+    & Salimans 2022), the prompt without its condition, int64 (1,T'). closing: the span's last id is
+    an end mark, which may not come first; tokens after it mean nothing. Raises InputError for a
     ParallelPredictor and beyond the context."""
     if not model.eval().causal:
         raise InputError("a parallel predictor draws pictures from captions and does nothing else")
@@ -1274,8 +1274,8 @@ class Models:
         return tokens
 
     def misread(self, tokens, captions):
-        """Picture tokens (B,N), B captions -> list of the rows where it reads another word than the
-        caption's. Through pixels, as people do: nobody sees a red seven on red."""
+        """Picture tokens (B,N), B captions -> list of those rows where the iGPT finds some word
+        clearly likelier than the caption's. It is shown pixels: nobody sees a red seven on red."""
         if "image_text" not in self.igpt.orders:
             return []  # it cannot read
         seen = extract_tokens(self.vqvae, decode_pictures(self.vqvae, tokens))
@@ -1290,7 +1290,7 @@ class Models:
     def pairs(self, n, how):
         """n pairs from nothing: BOS EOI, a caption, and then a picture for it -> picture tokens
         (n,N), list of n captions. (A picture that comes first may show no clear digit, and training
-        does not ask for more, see igpt_loss.) Pairs that stay misread are replaced by new ones."""
+        does not ask for more, see igpt_loss.) Pairs that stay misread are made anew, too."""
         t = self.tokenizer
         prompts = torch.tensor([[t.bos_token, t.end_of_image_token]]).expand(n, 2)
         captions = self.continue_captions(prompts, t.caption_length, how)
@@ -1309,20 +1309,20 @@ class Models:
 def span_sums(models, tokens, captions, order):
     """Teacher forcing (each token is predicted from the true ones before it) over M pictures'
     tokens (M,N) and captions in one of the ORDERS -> of each pair (5,M): nats of the picture, nats
-    of the caption, codes guessed right, the caption's targets, and those of them than which another
-    word is e times as likely, or more. (Targets are its words and, where it is short, the EOT that
+    of the caption, number of codes guessed right, of the caption's targets, and of those that have
+    a rival more than e times as likely. (Targets are its words and, where it is short, the EOT that
     ends it; marks whose place is certain count nowhere.) The iGPT is in eval mode afterwards."""
     t, igpt, sums = models.tokenizer, models.igpt.eval(), []
     rows = make_sequences(tokens.cpu(), t.encode_batch(captions), t, order)
     for part in track(rows.to(igpt.head.weight.device).split(CHUNK), "predicting"):
-        inputs, targets = part[:, :-1], part[:, 1:]  # (B,T-1) both, as are all below
+        inputs, targets = part[:, :-1], part[:, 1:]  # (B,T-1) both, as is what follows
         logits = igpt(inputs)  # (B,T-1,V)
         nats, code = next_token_nll(logits, targets), targets < t.n_embeddings
         best = next_token_nll(logits, logits.argmax(2))
         said = (inputs == t.end_of_image_token).cumsum(1).cumsum(1)  # the EOI is 1, then 2, 3 ...
         text = (said > 0) & (said <= t.caption_length) & (inputs != t.end_of_text_token)
-        rows = nats * code, nats * text, code & (nats == best), text, text & (nats > best + 1)
-        sums.append(torch.stack(rows).sum(2))  # (5,B)
+        counts = nats * code, nats * text, code & (nats == best), text, text & (nats > best + 1)
+        sums.append(torch.stack(counts).sum(2))  # (5,B)
     return torch.cat(sums, 1)
 
 def compare_captions(models, tokens, captions, how):
@@ -1336,7 +1336,7 @@ def compare_captions(models, tokens, captions, how):
 def evaluate(models, images, captions, how=SamplingConfig(), seed=0):
     """What both models are worth: all figures of `eval`, over pictures uint8 (M,H,W,3) and M
     captions -> dict of floats, without those that the model was not trained for. (+: higher is
-    better, -: lower is.)
+    better, -: lower is. A short caption's end counts as a word.)
         recon_mse: - squared error of reconstructions, in [-1,1] units
         recon_psnr: + the same in dB
         codebook_used: + share of the codes that are chosen at all
