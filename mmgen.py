@@ -179,7 +179,7 @@ class Config(Settings):
         n_layers         4       4       2       1..          blocks
         dropout          0.1     0.0     0.1     0..0.9       in blocks; 0 for runs of few epochs
         predictor        causal  causal  causal  causal|parallel  parallel: all codes at once
-        orders           image_text,text_image   names        of sequences, with commas; also plain
+        orders           image_text,text_image   names        of training sequences; or plain
         caption_weight   1.0     6.0     1.0     0..          of words after a picture; 5 to 20
         image_weight     1.0     0.1     1.0     0..          of picture tokens before a caption
         noise            0.0     0.3     0.0     0..1         a drawing's codes made random, at most
@@ -226,7 +226,7 @@ class SamplingConfig(Settings):
         top_p        1.0    1e-6..1  only the most likely tokens, down to this share in sum
         greedy       false  switch   always the most likely token
         guidance     0.0    0..      exaggerates captions; 1: truer, less varied pictures; 0: none
-        redraw       2      0..      draw again, so often at most, what is misread
+        redraw       2      0..      make drawings that are misread again, so often at most
     """
 
 # --- Batches: what is learned from, in an order that can be resumed -------------------------------
@@ -1354,7 +1354,6 @@ def evaluate(models, images, captions, how=SamplingConfig(), seed=0):
     vqvae, igpt, N = models.vqvae, models.igpt, models.vqvae.n_tokens
     tokens = extract_tokens(vqvae, images)  # (M,N)
     out = measure_reconstruction(vqvae, images, tokens)
-    torch.manual_seed(seed)
     for order in igpt.orders:
         # Nats are shared out among N codes a picture, and among the targets of all captions
         picture, text, hits, words, _ = span_sums(models, tokens, captions, order).mean(1).tolist()
@@ -1368,6 +1367,7 @@ def evaluate(models, images, captions, how=SamplingConfig(), seed=0):
                 models, tokens, captions, how)
     if "nll_text" in out and "nll_image" in out:  # it can draw, and read what it drew
         for name, drawing in ("exact", how), ("unguided", how.but(guidance=0.0, redraw=0)):
+            torch.manual_seed(seed)
             # Through pixels: what we read is what a person would be shown
             made = extract_tokens(vqvae, decode_pictures(vqvae, models.images(captions, drawing)))
             out[f"round_trip_{name}"], _ = compare_captions(models, made, captions, how)
@@ -2055,13 +2055,13 @@ class Options(SamplingConfig):
         size         28     16..256  height and width, divisible by 4
         seed         0      0..2147483648  same seed, same bytes
         phase        multi  two-stage|single|multi|vqvae|igpt|finetune  regime, or a phase alone
-        preset       auto   auto|full|laptop|tiny  of the defaults below; auto: laptop
+        preset       auto   auto|full|laptop|tiny  which of the defaults below; auto: laptop
         resume       false  switch   go on where the run in --run stopped
         overwrite    false  switch   start anew over the run in --run
         compile      false  switch   torch.compile: a slow start, then faster on GPUs
         mode         text   text|image|unconditional  captions to pictures, the reverse, pairs
-        n            0      0..      samples per prompt or picture, or pairs; 0: 1, and 9 pairs
-        prompt       []     texts    a caption; may be repeated; "red ..." is finished
+        n            0      0..      samples per prompt or picture (0: 1), or pairs (0: 9)
+        prompt       []     texts    a caption; may be repeated; "dark red ..." is finished
         prompts      ""     file     a caption a line
         image        ""     file     .npy uint8 (H,W,3) or (N,H,W,3), or a binary PPM
         out          ""     files    prefix of .ppm, .npy, .txt; with .png the grid is a PNG
