@@ -1087,8 +1087,8 @@ def use_bf16(precision, device):
         return precision == "bf16"
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    able = getattr(torch.cpu, "get_capabilities", dict)()  # older torch cannot tell
-    return device.type == "cpu" and able.get("avx512_bf16", False)
+    # Older torch cannot tell
+    return getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
 
 def phase_length(phase, cfg, n_rows):
     """-> number of passes, batches a pass. Steps, rounded up, make ten passes or less."""
@@ -1295,9 +1295,10 @@ class Models:
         prompts = torch.tensor([[t.bos_token, t.end_of_image_token]]).expand(n, 2)
         captions = self.continue_captions(prompts, t.caption_length, how)
         tokens = self.images(captions, how)
-        if how.redraw:
-            for i in self.misread(tokens, captions):
-                tokens[i], [captions[i]] = self.pairs(1, how.but(redraw=how.redraw - 1))
+        if how.redraw and (again := self.misread(tokens, captions)):
+            tokens[again], others = self.pairs(len(again), how.but(redraw=how.redraw - 1))
+            for i, caption in zip(again, others):
+                captions[i] = caption
         return tokens, captions
 
 # --- Evaluation: what the two models are worth, over the whole test split -------------------------
@@ -2001,11 +2002,10 @@ def draw_curves(rows):
     """The rows of the curves' table -> uint8 (H,W,3). Where both losses meet, they are yellow; at
     each power of ten there is a grey line."""
     curves = [[row["test_loss"], row["train_loss"], row["lr"]] for row in rows]  # red, green, blue
-    heights = np.logspace(1, -6, 560, endpoint=False)[:, None, None]
+    heights = np.logspace(1, -6, 560)[:, None, None]
     picture = np.isclose(heights, curves, rtol=0.04).repeat(24, 1) * np.uint8(255)  # (560,W,3)
     picture[80::80] |= 64
-    legend = "red: test loss  green: training loss  blue: rate  lines: 1, 0.1, 0.01 ..."
-    return picture_grid(picture[None], [legend])
+    return picture_grid(picture[None], ["red: test  green: training  blue: rate  lines: 1, 0.1"])
 
 def report_codebook(vqvae, images, folder):
     """After a phase that trained the VQ-VAE: is it good enough to go on? Over the whole test set;
