@@ -303,16 +303,15 @@ def specials(vocab_size):
 
 class Tokenizer:
     """Words to token ids and back (notes A, "multimodal token processing"). texts: the captions
-    whose words make the vocabulary. n_embeddings: K. lengths: the usual numbers of words, ascending
-    (default: the texts'). Raises InputError if there is no word."""
-    def __init__(self, texts, n_embeddings, lengths=None):
+    whose words make the vocabulary. n_embeddings: K. caption_length: L, if it is not that of the
+    longest of the texts. Raises InputError if there is no word."""
+    def __init__(self, texts, n_embeddings, caption_length=0):
         captions = [text.split() for text in texts]
         self.words = sorted(set().union(*captions))  # sorted: the same ids in every process
         if not self.words:
             raise InputError("the captions hold no words")
         self.n_embeddings = n_embeddings
-        self.lengths = lengths or sorted(set(map(len, captions)))
-        self.caption_length = self.lengths[-1]  # L
+        self.caption_length = caption_length or max(map(len, captions))  # L
         self.all_words = [*self.words, "<eot>", "<eoi>", "<bos>"]
         self.vocab_size = n_embeddings + len(self.all_words)  # V
         self.end_of_text_token, self.end_of_image_token, self.bos_token = specials(self.vocab_size)
@@ -1223,8 +1222,11 @@ def generate(model, prompts, n_new, span, how, unconditional=(), closing=False):
         new, token = [], None  # a generator is started by sending None
         for _ in range(n_new):
             logits, *without = [branch.send(token) for branch in branches]  # (B,S) each
-            for uncond in without:  # exaggerate what the condition changes
+            for uncond in without:  # guidance exaggerates what the condition changes. Tokens
+                # 20 times (3 nats) less likely than another take no part, or rare ones would win
+                hopeless = logits < logits.amax(1, keepdim=True) - 3
                 logits = logits + how.guidance * (logits - uncond)
+                logits = logits.masked_fill(hopeless, -math.inf)
             if closing and not new:
                 logits[:, -1] = -math.inf
             token = span[0] + sample_token(logits, how)[:, None]  # (B,1)
@@ -1761,7 +1763,7 @@ def fingerprint(vqvae):
 
 def save_igpt(path, igpt, tokenizer, vqvae):
     """The iGPT, its vocabulary, and which codebook its tokens refer to -> a checkpoint."""
-    save_model(path, igpt, words=tokenizer.words, lengths=tokenizer.lengths,
+    save_model(path, igpt, words=tokenizer.words, caption_length=tokenizer.caption_length,
                codebook=fingerprint(vqvae))
 
 def load_igpt(path, vqvae, device="cpu", any_codes=False):
@@ -1771,7 +1773,7 @@ def load_igpt(path, vqvae, device="cpu", any_codes=False):
     with reading(path, "iGPT"):
         if not any_codes and content["codebook"] != fingerprint(vqvae):
             raise InputError("was trained on other codes: train --phase igpt --overwrite")
-        tokenizer = Tokenizer(content["words"], vqvae.n_embeddings, content["lengths"])
+        tokenizer = Tokenizer(content["words"], vqvae.n_embeddings, content["caption_length"])
         codebook = vqvae.codebook.weight if "code_in.weight" in content["model"] else None
         igpt = rebuild(content, iGPT, ParallelPredictor, codebook=codebook,
                        vocab_size=tokenizer.vocab_size)  # damaged words do not fit the weights
@@ -1961,11 +1963,11 @@ class Run:
         """Train the phases that are not done yet.
         cfg, data: as for Run. compiled: by torch.compile, where that works."""
         phases = self.phases[self.state["done"] :]
-        for i, phase in enumerate(phases):
+        for phase in phases:
             # A kill while both models were written can leave a pair that does not fit. The state of
             # the trainer, written before, then replaces both
             models = load_models(self.folder, device, phase, bool(self.state["trainer"]))
-            if i == 0:  # a copy, for the steps of the rehearsal change the models
+            if phase == phases[0]:  # a copy, for the steps of the rehearsal change the models
                 rehearse(phases, cfg, data, copy.deepcopy(models), device)
             models, trainer, loaders = prepare_phase(phase, cfg, data, models, device)
             self.restore(trainer)
@@ -2193,13 +2195,11 @@ def likelihoods(models, tokens, captions):
     return drawing[0], reading[1], pair
 
 def finish_caption(models, caption, how):
-    """A caption -> itself, with a warning if it is of an unusual length; or, if it ends in "...",
-    what the model makes of its beginning: at least a word more. Raises InputError without room."""
+    """A caption -> itself or, if it ends in "...", what the model makes of its beginning: at least
+    a word more. Raises InputError without room."""
     t, begun = models.tokenizer, caption.removesuffix("...")
     n = len(begun.split())
     if begun == caption:
-        if n not in t.lengths:
-            log(f"warning: {caption!r} is not of {t.lengths} words, as the captions learned from")
         return caption
     # Any word stands for the rest, so that there must be room for one; it is cut off again
     prompt = text_prompts(t, [f"{begun} {t.words[0]}"])[:, : 2 + n]  # BOS EOI begun

@@ -600,6 +600,7 @@ def test_captions_of_unlike_length_are_drawn_as_each_alone(chunk, monkeypatch):
 @pytest.mark.parametrize("guidance", [0, 3])
 def test_greedy_generation_is_the_uncached_argmax_guided_or_not(guidance):
     _, tokenizer, igpt = small_models()
+    igpt.head.weight.data *= 100  # so that not all tokens are plausible
     cond = mmgen.text_prompts(tokenizer, TEXTS[:1])
     uncond = torch.tensor([[tokenizer.bos_token, tokenizer.end_of_text_token]])
     how = SamplingConfig(greedy=True, guidance=guidance)
@@ -607,7 +608,8 @@ def test_greedy_generation_is_the_uncached_argmax_guided_or_not(guidance):
     with torch.no_grad():
         for _ in range(12):
             a, b = igpt.eval()(cond)[:, -1:, :24], igpt(uncond)[:, -1:, :24]
-            token = (a + guidance * (a - b)).argmax(-1)
+            plausible = a >= a.amax(-1, keepdim=True) - 3
+            token = (a + guidance * (a - b)).where(plausible, torch.tensor(-torch.inf)).argmax(-1)
             cond, uncond = torch.cat([cond, token], 1), torch.cat([uncond, token], 1)
     assert torch.equal(out, cond[:, -12:])
 
@@ -1277,12 +1279,9 @@ def test_an_output_that_cannot_show_all_letters(trained, tmp_path):
                         "--out", tmp_path / "a", PYTHONIOENCODING="cp1252")
     assert result.returncode == 0 and "?" in result.stdout
 
-def test_a_caption_of_unusual_length_is_drawn_with_a_warning(trained, tmp_path):
-    args = ["sample", "--run", trained, "--out", tmp_path / "a", "--prompt"]
-    warning = "warning: 'red seven' is not of [6] words"
-    assert warning in works(*args, "red seven").stderr
+def test_a_caption_of_unusual_length_is_drawn(trained, tmp_path):
+    works("sample", "--run", trained, "--out", tmp_path / "a", "--prompt", "red seven")
     assert (tmp_path / "a.txt").read_text() == "red seven\n"
-    assert "warning" not in works(*args, TEXTS[0]).stderr
 
 def test_letters():
     """As many shapes as letters; texts are wrapped, and one that has no letter here is a box."""
