@@ -185,11 +185,11 @@ class Config(Settings):
         noise            0.0     0.3     0.0     0..1         a drawing's codes made random, at most
         augment          0.0     0.07    0.0     0..1         by how much pictures are warped
         igpt_epochs      30      30      30      1..          length of phase 2
-        igpt_steps       0       9000    60      0..          the same in steps; 0: in epochs
+        igpt_steps       0       8500    60      0..          the same in steps; 0: in epochs
         igpt_lr          1e-3    8e-3    3e-3    0..          iGPT's rate; muon: but for matrices
         joint training
         single_epochs    30      30      30      1..          length of `single`
-        single_steps     0       6300    80      0..          the same in steps; 0: in epochs
+        single_steps     0       6000    80      0..          the same in steps; 0: in epochs
         finetune_epochs  3       3       3       0..          length of phase 3; 0: none
         finetune_steps   0       40      10      0..          the same in steps; 0: in epochs
         finetune_lr      0.01    0.0001  0.01    0..          VQ-VAE's rates in phase 3, relative
