@@ -2007,7 +2007,7 @@ def draw_curves(rows):
     heights = np.logspace(1, -6, 560)[:, None, None]
     picture = np.isclose(heights, curves, rtol=0.04).repeat(24, 1) * np.uint8(255)  # (560,W,3)
     picture[80::80] |= 64
-    return picture_grid(picture[None], ["red: test  green: training  blue: rate  lines: 1 0.1 0.01"])
+    return picture_grid(picture[None], ["red: test  green: training  blue: rate  lines: 1 0.1"])
 
 def report_codebook(vqvae, images, folder):
     """After a phase that trained the VQ-VAE: is it good enough to go on? Over the whole test set;
