@@ -1030,8 +1030,8 @@ class JointTrainer(Trainer):
         error = distance.detach().amin(-1).mean().clamp(min=1e-6)
         soft = (-distance / (self.TAU * error)).softmax(-1)  # (B,N,K)
         # Logits will do for log p: they differ by a number for each token, and soft sums up to 1
-        where = rows[:, 1:] < t.n_embeddings  # a code is next
-        logits = logits.detach()[where, : t.n_embeddings].view_as(soft)  # (B,N,K)
+        # (B,T-1,V) -> (B,N,K), where a code is next
+        logits = logits.detach()[rows[:, 1:] < t.n_embeddings, : t.n_embeddings].view_as(soft)
         return xent - ((soft - soft.detach()) * logits).sum(-1).mean()
 
 # --- Regimes: which phases train which models on what (notes B) -----------------------------------
@@ -1086,8 +1086,8 @@ def use_bf16(precision, device):
         return precision == "bf16"
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    # Older torch cannot tell
-    return getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
+    able = getattr(torch.cpu, "get_capabilities", dict)()  # older torch cannot tell
+    return device.type == "cpu" and able.get("avx512_bf16", False)
 
 def phase_length(phase, cfg, n_rows):
     """-> number of passes, batches a pass. Steps, rounded up, make ten passes or less."""
@@ -1226,7 +1226,7 @@ def generate(model, prompts, n_new, span, how, unconditional=(), closing=False):
                 # 20 times (3 nats) less likely than another take no part, or rare ones would win
                 hopeless = logits < logits.amax(1, keepdim=True) - 3
                 logits = logits + how.guidance * (logits - uncond)
-                logits = logits.masked_fill(hopeless, -math.inf)
+                logits.masked_fill_(hopeless, -math.inf)
             if closing and not new:
                 logits[:, -1] = -math.inf
             token = span[0] + sample_token(logits, how)[:, None]  # (B,1)
@@ -1354,15 +1354,15 @@ def evaluate(models, images, captions, how=SamplingConfig(), seed=0):
         round_trip_exact: + a picture drawn for each caption and read again: the same caption
         round_trip_unguided: + the same, drawn once, without guidance: what the model has learned
     """
-    vqvae, igpt, N = models.vqvae, models.igpt, models.vqvae.n_tokens
+    vqvae, N = models.vqvae, models.vqvae.n_tokens
     tokens = extract_tokens(vqvae, images)  # (M,N)
     out = measure_reconstruction(vqvae, images, tokens)
-    for order in igpt.orders:
+    for order in models.igpt.orders:
         # Nats are shared out among N codes a picture, and among the targets of all captions
         picture, text, hits, words, _ = span_sums(models, tokens, captions, order).mean(1).tolist()
         if order == "text_image":
             out |= dict(nll_text_to_image=picture / N, code_accuracy=hits / N)
-            if igpt.causal:  # a ParallelPredictor is shown the words that it would predict
+            if models.igpt.causal:  # a ParallelPredictor is shown the words that it would predict
                 out["nll_text"] = text / words
         elif order == "image_text":  # here the caption is what has to be found
             out |= dict(nll_image=picture / N, nll_image_to_text=text / words)
@@ -1827,7 +1827,7 @@ def add_texts(pictures, texts):
     for lines in itertools.zip_longest(*wrapped, fillvalue=""):  # the first of all, the second ...
         letters = "".join(line.ljust(width) for line in lines)
         ink = GLYPHS[list(map(LETTERS.find, letters))].reshape(len(lines), -1, 8).mT  # (N,8,6W)
-        pictures = np.hstack([pictures, 255 * ink[:, :, :width, None].repeat(3, 3)])
+        pictures = np.hstack([pictures, 255 * ink[..., :width, None].repeat(3, 3)])
     return pictures
 
 def picture_grid(images, captions=(), scale=0, together=1, columns=0):

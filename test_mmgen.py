@@ -739,9 +739,10 @@ def test_training_a_parallel_predictor(tmp_path, data_dir, regime, phase, key):
     figures = json.loads(works("eval", "--run", tmp_path, "--data", data_dir, "--json").stdout)
     assert figures.keys() == {"recon_mse", "recon_psnr", "codebook_used", "codebook_perplexity",
                               "nll_text_to_image", "code_accuracy"}
-    for more in (["--mode", "image"], ["--mode", "unconditional"], ["--best-of", "2"]):
-        message = refused("sample", "--run", tmp_path, "--data", data_dir, *more)
-        assert "parallel predictor" in message or "not trained both" in message
+    for message, *more in (("parallel predictor", "--mode", "image"),
+                           ("parallel predictor", "--mode", "unconditional"),
+                           ("not trained both to draw and to read", "--best-of", "2")):
+        assert message in refused("sample", "--run", tmp_path, "--data", data_dir, *more)
 
 
 # --- sampling -------------------------------------------------------------------------------------
