@@ -1276,8 +1276,8 @@ class Models:
         return tokens
 
     def misread(self, tokens, captions):
-        """Picture tokens (B,N), B captions -> list of those rows where the iGPT finds some word
-        clearly likelier than the caption's. It is shown pixels: nobody sees a red seven on red."""
+        """Picture tokens (B,N), B captions -> list of those rows with a word of which the iGPT is
+        not 90 % sure (of synonyms it never is). It sees pixels: no red seven shows on red."""
         if "image_text" not in self.igpt.orders:
             return []  # it cannot read
         seen = extract_tokens(self.vqvae, decode_pictures(self.vqvae, tokens))
@@ -1312,19 +1312,19 @@ class Models:
 def span_sums(models, tokens, captions, order):
     """Teacher forcing (each token is predicted from the true ones before it) over M pictures'
     tokens (M,N) and captions in one of the ORDERS -> of each pair (5,M): nats of the picture, nats
-    of the caption, number of codes guessed right, of the caption's targets, and of those that have
-    a rival more than e times as likely. (Targets are its words and, where it is short, the EOT that
-    ends it; marks whose place is certain count nowhere.) The iGPT is in eval mode afterwards."""
+    of the caption, number of codes guessed right, of the caption's targets, and of those that are
+    not 90 % likely. (Targets are its words and, where it is short, the EOT that ends it; marks
+    whose place is certain count nowhere.) The iGPT is in eval mode afterwards."""
     t, igpt, sums = models.tokenizer, models.igpt.eval(), []
     rows = make_sequences(tokens.cpu(), t.encode_batch(captions), t, order)
     for part in track(rows.to(igpt.head.weight.device).split(CHUNK), "predicting"):
         inputs, targets = part[:, :-1], part[:, 1:]  # (B,T-1) both, as is what follows
         logits = igpt(inputs)  # (B,T-1,V)
         nats, code = next_token_nll(logits, targets), targets < t.n_embeddings
-        best = next_token_nll(logits, logits.argmax(2))
+        hits = code & (logits.argmax(2) == targets)
         said = (inputs == t.end_of_image_token).cumsum(1).cumsum(1)  # the EOI is 1, then 2, 3 ...
         text = (said > 0) & (said <= t.caption_length) & (inputs != t.end_of_text_token)
-        counts = nats * code, nats * text, code & (nats == best), text, text & (nats > best + 1)
+        counts = nats * code, nats * text, hits, text, text & (nats > -math.log(0.9))
         sums.append(torch.stack(counts).sum(2))  # (5,B)
     return torch.cat(sums, 1)
 

@@ -628,11 +628,11 @@ class Reader(torch.nn.Module):
         logits[:, -4, ids[1, 2]] = 9 + self.doubt
         return logits
 
-def test_a_caption_is_denied_where_another_word_is_clearly_likelier():
+def test_a_caption_is_denied_where_the_reader_is_less_than_90_percent_sure_of_a_word():
     t = Tokenizer(TEXTS, 24)
     tokens, first = torch.zeros(2, 49, dtype=torch.long), TEXTS[0].split()
     other = " ".join([*first[:2], TEXTS[1].split()[2], *first[3:]])
-    for doubt, denied in (-2, [0, 1]), (-0.5, [0, 0]), (0.5, [0, 0]), (2, [1, 0]):
+    for doubt, denied in (-3, [0, 1]), (-2, [1, 1]), (2, [1, 1]), (3, [1, 0]):
         models = Models(None, Reader(t, doubt), t)
         sums = mmgen.span_sums(models, tokens, [TEXTS[0], other], "image_text")
         assert sums[4].tolist() == denied
