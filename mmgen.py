@@ -12,14 +12,14 @@
     python mmgen.py eval                   # every figure over the test split
 
 A VQ-VAE turns a picture into a grid of discrete tokens. An iGPT (a decoder-only transformer) models
-picture tokens and caption words as ONE sequence. So one network draws a caption (the caption first,
+picture tokens and caption words as ONE sequence. So one network draws captions (the caption first,
 then the picture), captions a picture (the reverse), or makes up both.
 
 Part I is the complete algorithm, in the order in which the data flows; to copy it, take all above
 the banner of Part II. In brackets: what of the two original notes a chapter implements. Notes A are
 the recipe of a VQ-VAE and an iGPT for coloured MNIST, notes B the plan for training them together.
 
-    Settings      Config, SamplingConfig: every number one may turn             [A, configuration]
+    Settings      Config, SamplingConfig: the numbers of a run                  [A, configuration]
     Batches       Batches: what is learned from, in an order that can be resumed
     Tokenizer     Tokenizer: codes, words and marks in one vocabulary           [A, tokens]
     VQ-VAE        VectorQuantizer, VQVAE, FactoredVQVAE, compute_loss           [A, VQ-VAE; B 1]
@@ -31,7 +31,7 @@ the recipe of a VQ-VAE and an iGPT for coloured MNIST, notes B the plan for trai
     Training      Trainer, VQVAETrainer, iGPTTrainer, JointTrainer              [A and B, training]
     Regimes       Data, prepare_phase, train_regime: two-stage, single, multi   [B, all of it]
     Sampling      logits_to_probs, sample_token, decode, generate, Models       [A, generation]
-    Evaluation    evaluate
+    Evaluation    span_sums, compare_captions, evaluate
     --- Part II
     Drawn digits  STROKES, draw_digits: a data set from pen strokes
     Data          to_uint8, load_data: pickles, MNIST, npz                      [A, data]
@@ -45,13 +45,13 @@ Symbols of the shape comments:
     N  = h*w, tokens a picture    K  codes in the codebook        D  length of a code vector
     T  tokens in a sequence       L  words in the longest caption    d  width of the transformer
     V  vocabulary = K codes, then the sorted caption words, then the three marks
-    M  rows of a data set         S  tokens that a span may hold     C  channels
+    M  rows of a data set         S  ids that a span may hold        C  channels
     z_e  encoder output           z_q  the nearest code vectors      sg  stop gradient: detach
 A mark, EOT, EOI or BOS, says what comes next in a sequence. A phase is one training of one or both
 models; a regime is a list of phases.
 
 Where this departs from the notes, and why:
-  * Their codebook never learns: both VQ terms detach z_q. Ours is mean((z_q - sg[z_e])^2).
+  * Their codebook never learns: both VQ terms detach z_q. Our term is mean((z_q - sg[z_e])^2).
   * They train on BOS IMAGE ... but prompt with BOS EOI TEXT and BOS EOT IMAGE, which no training
     sequence showed. We train on the two orders that are prompted (`--orders plain` is theirs).
   * Their one-phase loss sends no gradient from the transformer to the encoder (an argmin has none).
@@ -60,7 +60,7 @@ Where this departs from the notes, and why:
   * A laptop sees each picture a few times only, so learning per step counts. Hence, with reasons
     where they stand: a norm before the codebook, colours coded apart, normed queries and keys,
     distances instead of places, links of codes to the codebook, noise, warped pictures, weights of
-    targets, Muon. And drawings that the model itself misreads are made again.
+    targets, Muon. And drawings that the model itself cannot read are made again.
 """
 
 import difflib
@@ -171,7 +171,7 @@ class Config(Settings):
         ema              0.0     0.0     0.0     0..0.9999    codes as moving averages, decay; 0: no
         restart          100     50      100     0..          restart codes unused for longer; 0: no
         vqvae_epochs     30      30      30      1..          length of phase 1
-        vqvae_steps      0       3500    60      0..          the same in steps; 0: in epochs
+        vqvae_steps      0       1750    60      0..          the same in steps; 0: in epochs
         vqvae_lr         1e-3    3e-3    3e-3    0..          VQ-VAE's rate; muon: but for matrices
         iGPT
         d_model          128     128     32      4..          width of the iGPT
@@ -182,21 +182,21 @@ class Config(Settings):
         orders           image_text,text_image   names        of training sequences; or plain
         caption_weight   1.0     6.0     1.0     0..          of words after a picture; 5 to 20
         image_weight     1.0     0.1     1.0     0..          of picture tokens before a caption
-        noise            0.0     0.3     0.0     0..1         a drawing's codes made random, at most
+        noise            0.0     0.3     0.0     0..1         at most this share of codes is random
         augment          0.0     0.07    0.0     0..1         by how much pictures are warped
         igpt_epochs      30      30      30      1..          length of phase 2
-        igpt_steps       0       8500    60      0..          the same in steps; 0: in epochs
+        igpt_steps       0       4400    60      0..          the same in steps; 0: in epochs
         igpt_lr          1e-3    8e-3    3e-3    0..          iGPT's rate; muon: but for matrices
         joint training
         single_epochs    30      30      30      1..          length of `single`
-        single_steps     0       6000    80      0..          the same in steps; 0: in epochs
+        single_steps     0       3100    80      0..          the same in steps; 0: in epochs
         finetune_epochs  3       3       3       0..          length of phase 3; 0: none
-        finetune_steps   0       40      10      0..          the same in steps; 0: in epochs
+        finetune_steps   0       20      10      0..          the same in steps; 0: in epochs
         finetune_lr      0.01    0.0001  0.01    0..          VQ-VAE's rates in phase 3, relative
         lambda_xent      0.003   0.003   0.003   0..          of cross-entropy; 0.1: codes collapse
         lambda_warmup    0.3     0.15    0.3     0..1         share of `single` in which that is 0
         general
-        batch_size       128     32      16      3..          32 learns most a second on a CPU
+        batch_size       128     64      16      3..          64 learns most a second on a CPU
         optimizer        adam    muon    adam    adam|muon    muon: orthogonal steps for matrices
         precision        auto    auto    fp32    auto|fp32|bf16  of products; auto: bf16 if fast
         seed             0       0       0       0..2147483648   of weights, batches and noise
@@ -226,7 +226,7 @@ class SamplingConfig(Settings):
         top_p        1.0    1e-6..1  only the most likely tokens, down to this share in sum
         greedy       false  switch   always the most likely token
         guidance     0.0    0..      exaggerates captions; 1: truer, less varied pictures; 0: none
-        redraw       2      0..      make drawings that are misread again, so often at most
+        redraw       2      0..      draw anew what is not surely read, so often at most
     """
 
 # --- Batches: what is learned from, in an order that can be resumed -------------------------------
@@ -396,7 +396,7 @@ class VectorQuantizer(nn.Embedding):
         if dead.any():
             # A feature's chance is its squared distance from the nearest code, as in k-means++
             # (Arthur and Vassilvitskii 2007): what is rare, but badly coded, gets codes, too
-            error = self.distances(z).amin(1).clamp(min=1e-9).nan_to_num(1)
+            error = self.distances(z).amin(1).clamp(min=1e-9).nan_to_num(1)  # NaN is told later
             rows = error.multinomial(int(dead.sum()), replacement=True)
             self.weight[dead], self.unused[dead] = z[rows], 0
 
@@ -477,7 +477,7 @@ def split_colors(x):
     some = luma.argsort(2)[..., [-luma.shape[2] // 20, luma.shape[2] // 20]]
     ground, second = edge.take_along_dim(some, 2).split(1, 2)  # (B,3,1) each
     # With the ground as origin a colour is an axis, and inverse(axes) @ points are a pixel's shares
-    inverse = functools.partial(torch.linalg.pinv, atol=0.2, rtol=0.0)  # shorter axes have none
+    inverse = functools.partial(torch.linalg.pinv, atol=0.2, rtol=0.0)  # shorter axes count as none
     points, axes = x.float().flatten(2) - ground, second - ground  # (B,3,H*W), (B,3,1)
     for _ in range(2):  # the ink is farthest from the grounds' line, the last from their plane
         off = points - axes @ (inverse(axes) @ points)  # (B,3,H*W)
@@ -690,9 +690,9 @@ def mixed_sequences(tokens, text_ids, tokenizer, orders):
 
 def pick_warped(orders, clean, warped):
     """Two batches (B,...) of the same pictures -> one to go with mixed_sequences: warped where a
-    picture comes before its caption. From such rows a model learns to go on as the strokes so far
-    look like, and would do so after a caption as well; as they look warped, it tells the two cases
-    apart and heeds the caption. Of other rows a quarter is warped, too, to vary the handwriting."""
+    picture comes before its caption. Such rows teach to go on as the strokes so far look
+    like, a habit that would be kept after a caption. Warped strokes mark these rows, so in clean
+    ones the caption is heeded. Of other rows a quarter is warped, too, to vary the handwriting."""
     n, picked = len(orders), []
     for a, b, order in zip(clean.tensor_split(n), warped.tensor_split(n), orders):
         end = len(a) // (4 if order == "text_image" else 1)  # rows come in random order
@@ -720,7 +720,7 @@ def image_prompts(tokenizer, tokens):
 @torch.no_grad()
 def extract_tokens(vqvae, images, augment=0.0):
     """Run pictures uint8 (M,H,W,3) through the encoder once, not in every epoch (notes B: offline)
-    -> tokens int64 (M,N) on the CPU. augment: strength of a random_affine before. Raises InputError
+    -> tokens int64 (M,N) on the CPU. augment: a random_affine's strength. Raises InputError
     for pictures of another size than the VQVAE's."""
     if images.shape[1:3] != vqvae.size:
         raise InputError(f"the model knows {vqvae.size} pictures, not {images.shape[1:3]}")
@@ -778,7 +778,7 @@ def with_noise(igpt, inputs, most, draws):
     return torch.where(replace, torch.randint_like(inputs, igpt.n_codes), inputs)
 
 def measure_reconstruction(vqvae, images, tokens):
-    """Over pictures uint8 (M,H,W,3) and their tokens (M,N): recon_mse ([-1,1] units), recon_psnr
+    """Pictures uint8 (M,H,W,3), their tokens (M,N) -> recon_mse (bytes in [-1,1] units), recon_psnr
     (dB; values span 2), codebook_used (share of codes chosen at all) and codebook_perplexity (exp
     of their use's entropy: so many codes, used alike, would tell as much)."""
     errors = decode_pictures(vqvae, tokens).astype(np.float32) - images  # (M,H,W,3)
@@ -1190,7 +1190,7 @@ def sample_token(logits, how):
         return logits.argmax(-1)
     # One random number a row falls on a token; multinomial would draw one for each token
     cdf = logits_to_probs(logits, how).cumsum(-1)
-    u = 0.999999 * torch.rand_like(cdf[..., -1:]) * cdf[..., -1:]
+    u = 0.999999 * torch.rand_like(cdf[..., -1:]) * cdf[..., -1:]  # never beyond the last
     return torch.searchsorted(cdf, u, right=True)[..., 0]
 
 def decode(model, prompts, span):
@@ -1258,13 +1258,13 @@ class Models:
 
     @torch.no_grad()
     def images(self, captions, how):
-        """B captions -> picture tokens int64 (B,N). A drawing that is misread is made again,
-        `redraw` times at most: what is false goes, what is true stays as varied as it is (rejection
-        sampling). Raises InputError as text_encode does."""
+        """B captions -> picture tokens int64 (B,N). A drawing that is not surely read as what it
+        is to be is made again, `redraw` times at most: most false ones go, true ones stay about as
+        varied as they are (rejection sampling). Raises InputError as text_encode does."""
         self.expect("text_image")
         t, N, nothing = self.tokenizer, self.vqvae.n_tokens, ()
         prompts = text_prompts(t, captions)  # (B,L+3)
-        if not self.igpt.causal:  # a ParallelPredictor draws all tokens, which it sees as blank
+        if not self.igpt.eval().causal:  # a ParallelPredictor draws all at once; it sees blanks
             rows = F.pad(prompts, (0, N - 1)).to(self.igpt.head.weight.device)  # (B,L+2+N)
             return sample_token(self.igpt(rows)[:, -N:, : t.n_embeddings], how)  # (B,N,K) -> (B,N)
         if how.guidance and "image_text" in self.igpt.orders:  # a picture that no caption precedes
@@ -1292,7 +1292,7 @@ class Models:
     def pairs(self, n, how):
         """n pairs from nothing: BOS EOI, a caption, and then a picture for it -> picture tokens
         (n,N), list of n captions. (A picture that comes first may show no clear digit, and training
-        does not ask for more, see igpt_loss.) Pairs that stay misread are made anew, too."""
+        does not ask for more, see igpt_loss.) What stays misread is made anew, caption and all."""
         t = self.tokenizer
         prompts = torch.tensor([[t.bos_token, t.end_of_image_token]]).expand(n, 2)
         captions = self.continue_captions(prompts, t.caption_length, how)
@@ -1311,20 +1311,20 @@ class Models:
 @torch.no_grad()
 def span_sums(models, tokens, captions, order):
     """Teacher forcing (each token is predicted from the true ones before it) over M pictures'
-    tokens (M,N) and captions in one of the ORDERS -> of each pair (5,M): nats of the picture, nats
-    of the caption, number of codes guessed right, of the caption's targets, and of those that are
-    not 90 % likely. (Targets are its words and, where it is short, the EOT that ends it; marks
-    whose place is certain count nowhere.) The iGPT is in eval mode afterwards."""
+    tokens (M,N) and captions in one of the ORDERS -> rows (5,M): the picture's nats; the caption's
+    nats; codes that were the likeliest; the caption's targets; targets less than 90 % likely. (A
+    caption's targets are its words and, if it is short, the EOT that ends it; marks whose place is
+    certain count nowhere. All ids compete.) The iGPT is in eval mode afterwards."""
     t, igpt, sums = models.tokenizer, models.igpt.eval(), []
     rows = make_sequences(tokens.cpu(), t.encode_batch(captions), t, order)
     for part in track(rows.to(igpt.head.weight.device).split(CHUNK), "predicting"):
-        inputs, targets = part[:, :-1], part[:, 1:]  # (B,T-1) both, as is what follows
+        inputs, targets = part[:, :-1], part[:, 1:]  # (B,T-1), as all that follows but logits
         logits = igpt(inputs)  # (B,T-1,V)
         nats, code = next_token_nll(logits, targets), targets < t.n_embeddings
         hits = code & (logits.argmax(2) == targets)
         said = (inputs == t.end_of_image_token).cumsum(1).cumsum(1)  # the EOI is 1, then 2, 3 ...
         text = (said > 0) & (said <= t.caption_length) & (inputs != t.end_of_text_token)
-        counts = nats * code, nats * text, hits, text, text & (nats > -math.log(0.9))
+        counts = nats * code, nats * text, hits, text, text & (nats > 0.105)  # 90 % are 0.105 nats
         sums.append(torch.stack(counts).sum(2))  # (5,B)
     return torch.cat(sums, 1)
 
@@ -1339,20 +1339,20 @@ def compare_captions(models, tokens, captions, how):
 def evaluate(models, images, captions, how=SamplingConfig(), seed=0):
     """What both models are worth: all figures of `eval`, over pictures uint8 (M,H,W,3) and M
     captions -> dict of floats, without those that the model was not trained for. (+: higher is
-    better, -: lower is. A short caption's end counts as a word.)
+    better, -: lower is. In nats a short caption's end counts as a word.)
         recon_mse: - squared error of reconstructions, in [-1,1] units
         recon_psnr: + the same in dB
         codebook_used: + share of the codes that are chosen at all
         codebook_perplexity: + so many codes, used alike, would tell as much
         nll_text_to_image: - nats a picture token, after the caption
-        nll_image: - nats a picture token, without the caption
+        nll_image: - nats a picture token, without the caption (it counts little in training)
         nll_image_to_text: - nats a word, after the picture
         nll_text: - nats a word, without the picture
         code_accuracy: + share of picture tokens that were the likeliest, after the caption
         caption_exact: + greedy captions of true pictures that are wholly right
         caption_slot_accuracy: + their words that are right, place by place
-        round_trip_exact: + a picture drawn for each caption and read again: the same caption
-        round_trip_unguided: + the same, drawn once, without guidance: what the model has learned
+        round_trip_exact: + drawn for each caption, judged (redraw), read again: the same caption
+        round_trip_unguided: + the same, drawn once, unguided: what the model itself has learned
     """
     vqvae, N = models.vqvae, models.vqvae.n_tokens
     tokens = extract_tokens(vqvae, images)  # (M,N)
@@ -1368,7 +1368,7 @@ def evaluate(models, images, captions, how=SamplingConfig(), seed=0):
             out |= dict(nll_image=picture / N, nll_image_to_text=text / words)
             out["caption_exact"], out["caption_slot_accuracy"] = compare_captions(
                 models, tokens, captions, how)
-    if "nll_text" in out and "nll_image" in out:  # it can draw, and read what it drew
+    if "nll_text" in out and "nll_image" in out:  # causal and of both orders: it draws and reads
         for name, drawing in ("exact", how), ("unguided", how.but(guidance=0.0, redraw=0)):
             torch.manual_seed(seed)
             # Through pixels: what we read is what a person would be shown

@@ -711,16 +711,17 @@ def test_the_codebook_gets_gradient_from_an_igpt_that_does_not_own_it():
 
 def test_a_parallel_predictor_sees_the_caption_and_no_code():
     vqvae, tokenizer, _ = small_models()
-    model = mmgen.ParallelPredictor(tokenizer.vocab_size, 58, 32, 2, 2, 0.0,
-                                    vqvae.codebook.weight).eval()
+    model = mmgen.ParallelPredictor(tokenizer.vocab_size, 58, 32, 2, 2, 0.5,
+                                    vqvae.codebook.weight).train()
     models = Models(vqvae, model, tokenizer)
+    drawn = models.images(TEXTS, GREEDY)  # which ends training mode, or there would be dropout
     tokens, ids = torch.randint(24, (3, 49)), tokenizer.encode_batch(TEXTS)
     rows = make_sequences(tokens, ids, tokenizer, "text_image")
     others = make_sequences(torch.randint(24, (3, 49)), ids, tokenizer, "text_image")
     logits = model(rows[:, :-1])
     assert logits.shape == (3, 57, tokenizer.vocab_size)
     assert torch.equal(logits, model(others[:, :-1]))
-    assert torch.equal(models.images(TEXTS, GREEDY), logits[:, 8:, :24].argmax(-1))
+    assert torch.equal(drawn, logits[:, 8:, :24].argmax(-1))
     assert not torch.allclose(logits[0, 8:], logits[1, 8:])
     with pytest.raises(InputError, match="parallel"):
         models.captions(tokens, SamplingConfig())
