@@ -1891,7 +1891,7 @@ class Run:
         self.signal = self.saved = checksum = 0
         for part in vars(data).values():  # pictures and captions, of training and test
             checksum = zlib.crc32(np.asarray(part), checksum)
-        settings = vars(cfg) | {"regime": regime, "data": checksum}
+        settings = vars(cfg) | {"regime": regime, "checksum of the data": checksum}
         with reading(folder, "run"):
             old = load_checkpoint(self.state_path) if self.state_path.exists() else {}
             # A run may be made one phase at a time: the curves of the others stay

@@ -1415,7 +1415,7 @@ def test_a_run_belongs_to_its_data(tmp_path):
     args = training("vqvae", tmp_path, tmp_path, "--resume", steps=1)
     works(*args)
     write_pairs(tmp_path, arrays | {"test_captions": np.array(["other words"] * 4)})
-    assert re.search("cannot resume.* data ", refused(*args))
+    assert re.search("cannot resume: checksum of the data was ", refused(*args))
 
 def test_phases_of_other_settings_keep_the_models_loadable(tmp_path, data_dir):
     """Each model's file carries the configuration it was built with, not that of the last phase."""
