@@ -60,7 +60,7 @@ Where this departs from the notes, and why:
   * A laptop sees each picture a few times only, so learning per step counts. Hence, with reasons
     where they stand: a norm before the codebook, colours coded apart, normed queries and keys,
     distances instead of places, links of codes to the codebook, noise, warped pictures, weights of
-    targets, Muon. And drawings that the model itself cannot read are made again.
+    targets, Muon. And drawings of which the model is unsure are made again.
 """
 
 import difflib
@@ -690,9 +690,9 @@ def mixed_sequences(tokens, text_ids, tokenizer, orders):
 
 def pick_warped(orders, clean, warped):
     """Two batches (B,...) of the same pictures -> one to go with mixed_sequences: warped where a
-    picture comes before its caption. Such rows teach to go on as the strokes so far look
-    like, a habit that would be kept after a caption. Warped strokes mark these rows, so in clean
-    ones the caption is heeded. Of other rows a quarter is warped, too, to vary the handwriting."""
+    picture comes before its caption. Such rows teach to go on as the strokes so far look like, a
+    habit that would be kept after a caption. Warped strokes mark these rows, so in clean ones the
+    caption is heeded. Of other rows a quarter is warped, too, to vary the handwriting."""
     n, picked = len(orders), []
     for a, b, order in zip(clean.tensor_split(n), warped.tensor_split(n), orders):
         end = len(a) // (4 if order == "text_image" else 1)  # rows come in random order
@@ -720,8 +720,8 @@ def image_prompts(tokenizer, tokens):
 @torch.no_grad()
 def extract_tokens(vqvae, images, augment=0.0):
     """Run pictures uint8 (M,H,W,3) through the encoder once, not in every epoch (notes B: offline)
-    -> tokens int64 (M,N) on the CPU. augment: a random_affine's strength. Raises InputError
-    for pictures of another size than the VQVAE's."""
+    -> tokens int64 (M,N) on the CPU. augment: a random_affine's strength. Raises InputError for
+    pictures of another size than the VQVAE's."""
     if images.shape[1:3] != vqvae.size:
         raise InputError(f"the model knows {vqvae.size} pictures, not {images.shape[1:3]}")
     device, out = vqvae.codebook.weight.device, []
@@ -1271,11 +1271,11 @@ class Models:
             nothing = torch.tensor([[t.bos_token, t.end_of_text_token]])
         tokens = self.continue_images(prompts, N, how, nothing)
         for _ in range(how.redraw):
-            if again := self.misread(tokens, captions):
+            if again := self.unsure(tokens, captions):
                 tokens[again] = self.continue_images(prompts[again], N, how, nothing)
         return tokens
 
-    def misread(self, tokens, captions):
+    def unsure(self, tokens, captions):
         """Picture tokens (B,N), B captions -> list of those rows with a word of which the iGPT is
         not 90 % sure (of synonyms it never is). It sees pixels: no red seven shows on red."""
         if "image_text" not in self.igpt.orders:
@@ -1292,12 +1292,12 @@ class Models:
     def pairs(self, n, how):
         """n pairs from nothing: BOS EOI, a caption, and then a picture for it -> picture tokens
         (n,N), list of n captions. (A picture that comes first may show no clear digit, and training
-        does not ask for more, see igpt_loss.) What stays misread is made anew, caption and all."""
+        does not ask for more, see igpt_loss.) What stays unsure is made anew, caption and all."""
         t = self.tokenizer
         prompts = torch.tensor([[t.bos_token, t.end_of_image_token]]).expand(n, 2)
         captions = self.continue_captions(prompts, t.caption_length, how)
         tokens = self.images(captions, how)
-        if how.redraw and (again := self.misread(tokens, captions)):
+        if how.redraw and (again := self.unsure(tokens, captions)):
             tokens[again], others = self.pairs(len(again), how.but(redraw=how.redraw - 1))
             for i, caption in zip(again, others):
                 captions[i] = caption

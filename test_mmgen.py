@@ -637,10 +637,10 @@ def test_a_caption_is_denied_where_the_reader_is_less_than_90_percent_sure_of_a_
         sums = mmgen.span_sums(models, tokens, [TEXTS[0], other], "image_text")
         assert sums[4].tolist() == denied
 
-def test_what_is_misread_is_drawn_again_and_nothing_else(monkeypatch):
+def test_what_is_unsure_is_drawn_again_and_nothing_else(monkeypatch):
     vqvae, tokenizer, igpt = small_models()
     models, judged = Models(vqvae, igpt, tokenizer), []
-    monkeypatch.setattr(models, "misread", lambda tokens, captions: (
+    monkeypatch.setattr(models, "unsure", lambda tokens, captions: (
         judged.append(tokens.clone()) or ([1] if len(judged) < 3 else [])))
     torch.manual_seed(0)
     plain = models.images(TEXTS[:3], SamplingConfig(redraw=0))
@@ -654,30 +654,30 @@ def test_what_is_misread_is_drawn_again_and_nothing_else(monkeypatch):
     assert torch.equal(judged[2], tokens)  # the third time all is well
 
 @pytest.mark.parametrize("redraw", [0, 2])
-def test_pairs_that_stay_misread_are_replaced(redraw, monkeypatch):
+def test_pairs_that_stay_unsure_are_replaced(redraw, monkeypatch):
     vqvae, tokenizer, igpt = small_models()
     models, spoken = Models(vqvae, igpt, tokenizer), []
     monkeypatch.setattr(models, "continue_captions", lambda prompts, *_: (
         spoken.append(len(prompts)) or [TEXTS[len(spoken) - 1]] * len(prompts)))
-    monkeypatch.setattr(models, "misread", lambda tokens, captions: (
+    monkeypatch.setattr(models, "unsure", lambda tokens, captions: (
         [1] if len(captions) == 3 else [0] if captions == [TEXTS[1]] else []))
     tokens, captions = models.pairs(3, SamplingConfig(redraw=redraw))
     # The second pair is never legible, nor is the one that replaces it
     assert spoken == ([3, 1, 1] if redraw else [3]) and tokens.shape == (3, 49)
     assert captions == [TEXTS[0], TEXTS[2 if redraw else 0], TEXTS[0]]
 
-def test_pictures_are_misread_through_pixels_and_only_where_reading_was_learned(monkeypatch):
+def test_pictures_are_judged_through_pixels_and_only_where_reading_was_learned(monkeypatch):
     vqvae, tokenizer, igpt = small_models()
     models, tokens, seen = Models(vqvae, igpt, tokenizer), torch.randint(24, (3, 49)), []
     def read(_, tokens, captions, order):
         seen.append(tokens)
         return torch.tensor([0.0, 2, 1]).expand(5, 3)
     monkeypatch.setattr(mmgen, "span_sums", read)
-    assert models.misread(tokens, TEXTS[:3]) == [1, 2]
+    assert models.unsure(tokens, TEXTS[:3]) == [1, 2]
     pictures = mmgen.decode_pictures(vqvae, tokens)
     assert torch.equal(seen[0], mmgen.extract_tokens(vqvae, pictures))
     igpt.orders = ["text_image"]
-    assert models.misread(tokens, TEXTS[:3]) == [] and len(seen) == 1
+    assert models.unsure(tokens, TEXTS[:3]) == [] and len(seen) == 1
 
 def test_igpt_is_causal_and_knows_its_limits():
     _, tokenizer, igpt = small_models()
