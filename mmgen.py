@@ -58,9 +58,9 @@ Where this departs from the notes, and why:
     The targets of our cross-entropy have the gradient of softmax(-|z_e - e_k|^2 / tau).
   * No (N, K, D) tensor of distances; a cache that is allocated once; all phases warm up and decay.
   * A laptop sees each picture a few times only, so learning per step counts. Hence, with reasons
-    where they stand: a norm before the codebook, colours coded apart, normed queries and keys,
-    distances instead of places, links of codes to the codebook, noise, warped pictures, weights of
-    targets, Muon. And drawings of which the model is unsure are made again.
+    where they stand: a norm before the codebook, colours coded apart, shared keys, normed keys and
+    queries, distances instead of places, links of codes to the codebook, noise, warped pictures,
+    weights of targets, Muon. And drawings of which the model is unsure are made again.
 """
 
 import difflib
@@ -259,9 +259,10 @@ class Batches:
     def __getitem__(self, step):
         epoch, batch = divmod(step, self.per_epoch)
         part = slice(batch * self.batch_size, (batch + 1) * self.batch_size)
-        if self.seed is None:
-            return self.get(torch.arange(self.n_rows)[part])
-        return self.get(shuffled(self.n_rows, self.seed * 1_000_003 + epoch)[part])
+        rows = torch.arange(self.n_rows)
+        if self.seed is not None:
+            rows = shuffled(self.n_rows, self.seed * 1_000_003 + epoch)
+        return self.get(rows[part])
 
 def to_float(images):
     """uint8 tensor (B,H,W,3) -> float (B,3,H,W) in [-1,1]."""
@@ -532,54 +533,57 @@ def compute_loss(x, recon_x, z_e, z_q, beta=Config.beta):
 # They are kept in a tensor that is allocated once, and whoever writes says at which position.
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention (Vaswani et al. 2017): (B,T,d) -> (B,T,d). Queries and keys are
-    normalized (Dehghani et al. 2023), so that large learning rates cannot blow the scores up."""
+    """Self-attention (Vaswani et al. 2017): (B,T,d) -> (B,T,d). Each head has its queries, all
+    share keys and values (Shazeer 2019): one product serves all, and the cache is small. Queries
+    and keys are normed (Dehghani et al. 2023), so that large rates cannot blow the scores up."""
     def __init__(self, d_model, n_heads):
         super().__init__()
         if d_model % (2 * n_heads):
             raise InputError(f"d_model {d_model} is not divisible by twice {n_heads} heads")
         self.n_heads, head_dim = n_heads, d_model // n_heads
-        self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)  # one product instead of three
-        self.q_norm, self.k_norm = nn.LayerNorm(head_dim), nn.LayerNorm(head_dim)
+        self.qkv = nn.Linear(d_model, d_model + 2 * head_dim, bias=False)
+        self.norm = nn.LayerNorm(head_dim)
         self.out = nn.Linear(d_model, d_model, bias=False)
 
     def forward(self, x, turns, bias, cache=None, position=0):
-        """x (B,T,d) -> (B,T,d). turns: complex (T,head_dim/2), by which queries and keys are turned
-        when pairs of numbers are taken as complex ones. bias (heads,T,columns) is added to scores;
-        -inf where a token must not look. cache: (2,B,heads,context,head_dim), of which the first
+        """x (B,T,d) -> (B,T,d). turns: complex (T,1,head_dim/2), by which queries and keys are
+        turned when pairs of numbers are taken as complex ones. bias (T*heads,columns) is added to
+        scores; -inf where a token must not look. cache: (2,B,context,head_dim), of which the first
         `position` columns hold keys and values of what came before x; x's own are added."""
-        B, T, d = x.shape
-        # (B,T,3d) -> (B,T,3,heads,head_dim) -> (3,B,heads,T,head_dim) -> three (B,heads,T,head_dim)
-        q, k, v = self.qkv(x).view(B, T, 3, self.n_heads, -1).permute(2, 0, 3, 1, 4)
-        qk = torch.stack([self.q_norm(q), self.k_norm(k)]).float().unflatten(4, (-1, 2))
-        q, k = torch.view_as_real(torch.view_as_complex(qk) * turns).flatten(4)
+        end = position + x.shape[1]
+        qkv = self.qkv(x).unflatten(2, (self.n_heads + 2, -1))  # (B,T,heads+2,head_dim)
+        qk, v = self.norm(qkv[:, :, :-1]), qkv[:, :, -1]
+        qk = torch.view_as_complex(qk.float().unflatten(3, (-1, 2))) * turns  # (..., head_dim/2)
+        qk = torch.view_as_real(qk).flatten(3)
+        q, k = qk[:, :, :-1], qk[:, :, -1]  # (B,T,heads,head_dim), (B,T,head_dim) like v
         if cache is not None:
-            cache[:, :, :, position : position + T] = torch.stack([k, v])
-            k, v = cache[:, :, :, : position + T]
-        # softmax(q k^T / sqrt(head_dim) + bias) v; F.scaled_dot_product_attention, made for
-        # sequences much longer than ours, is slower here
-        scores = (q * q.shape[-1] ** -0.5) @ k.mT + bias  # (B,heads,T,columns)
-        y = scores.softmax(-1) @ v  # (B,heads,T,head_dim)
-        return self.out(y.transpose(1, 2).reshape(B, T, d))
+            cache[:, :, position:end] = torch.stack([k, v])
+            k, v = cache[:, :, :end]
+        # softmax(q k^T / sqrt(head_dim) + bias) v, the queries of all heads one below the other.
+        # F.scaled_dot_product_attention, made for much longer sequences, is slower here
+        scores = (q * q.shape[-1] ** -0.5).flatten(1, 2) @ k.mT + bias  # (B,T*heads,columns)
+        y = scores.softmax(-1) @ v  # (B,T*heads,head_dim)
+        return self.out(y.view_as(x))
 
 # --- iGPT: a causal transformer over picture tokens and words -------------------------------------
 #
-# The usual decoder-only transformer (GPT-2's pre-norm block, but with distances instead of places),
-# with a thing of its own: the tables of the picture tokens are built from the codebook.
+# The usual decoder-only transformer, of GPT-2's pre-norm blocks, but with distances instead of
+# places, shared keys and values, and tables of picture tokens that are built from the codebook.
 
 class Block(nn.Module):
-    """Pre-norm: x + attention(norm(x)), then x + mlp(norm(x)). (B,T,d) -> (B,T,d)."""
+    """Pre-norm: x + attention(norm(x)), then x + mlp(norm(x)). (B,T,d) -> (B,T,d). Channels are
+    dropped from whole sequences: drawing a number for each element took a tenth of a step."""
     def __init__(self, d_model, n_heads, dropout):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(d_model), nn.LayerNorm(d_model)
         self.attention = SelfAttention(d_model, n_heads)
         self.mlp = nn.Sequential(
             nn.Linear(d_model, 4 * d_model), nn.GELU(), nn.Linear(4 * d_model, d_model))
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout1d(dropout)
 
     def forward(self, x, *context):  # context: see SelfAttention
-        x = x + self.dropout(self.attention(self.norm1(x), *context))
-        return x + self.dropout(self.mlp(self.norm2(x)))
+        x = x + self.dropout(self.attention(self.norm1(x), *context).mT).mT
+        return x + self.dropout(self.mlp(self.norm2(x)).mT).mT
 
 class iGPT(nn.Module):
     """Next-token logits over the joint vocabulary: tokens int64 (B,T) -> (B,T,V).
@@ -638,12 +642,13 @@ class iGPT(nn.Module):
         places = torch.arange(length, device=x.device)
         here = places[position:, None]  # of the tokens that are given, (T,1)
         # About a quarter turn a token is the fastest, a hundredth of it the slowest
-        speeds = 100 ** -torch.linspace(0, 1, x.shape[2] // self.n_heads // 2, device=x.device)
-        turns = (1.5j * here * speeds).exp()  # (T,head_dim/2)
+        speeds = 100 ** -torch.linspace(0, 1, self.d_model // self.n_heads // 2, device=x.device)
+        turns = (1.5j * here * speeds).exp()[:, None]  # (T,1,head_dim/2)
         away = here - places  # (T,length)
         bias = self.back[..., away.abs()]  # (layers,heads,T,length)
         if self.causal:
             bias = bias.masked_fill(away < 0, -math.inf)
+        bias = bias.transpose(1, 2).flatten(1, 2)  # (layers,T*heads,length)
         for block, *context in zip(self.blocks, bias, caches):
             x = block(x, turns, *context, position)
         return F.linear(self.norm(x), output)
@@ -673,14 +678,12 @@ def make_sequences(tokens, text_ids, tokenizer, order):
     int64 (B,N+L+3) in one of the ORDERS. A caption shorter than L is filled up with EOTs,
     so that all captions are equally long, and a picture comes after the last."""
     marks = tokens.new_tensor(specials(tokenizer.vocab_size)).expand(len(tokens), 3)
-    eot, eoi, bos = marks.split(1, dim=1)  # (B,1) each
-    if order == "image_text":  # a caption of length L needs no EOT: nothing comes after it
-        row = [bos, eot, tokens, eoi, text_ids[:, :-1]]
-    elif order == "text_image":  # text_ids hold the EOT
-        row = [bos, eoi, text_ids, tokens]
-    else:
-        row = [bos, tokens, eoi, text_ids]
-    return torch.cat(row, 1)
+    eot, eoi, bos = marks.split(1, 1)  # (B,1) each
+    rows = {  # text_ids hold the EOT, which a caption of length L needs only if something follows
+        "image_text": [bos, eot, tokens, eoi, text_ids[:, :-1]],
+        "text_image": [bos, eoi, text_ids, tokens],
+        "plain": [bos, tokens, eoi, text_ids]}
+    return torch.cat(rows[order], 1)
 
 def mixed_sequences(tokens, text_ids, tokenizer, orders):
     """A batch in equal parts of several orders, one after the other: (B,N), (B,L+1) -> (B,T)."""
@@ -1047,7 +1050,7 @@ REGIMES = {
     "vqvae": ("vqvae",), "igpt": ("igpt",), "finetune": ("finetune",)}
 WARMUP = 0.05  # share of a phase in which its learning rates rise
 CODEBOOK, IGPT = 0.3, 0.05  # relative rates: codebook in `single`, iGPT in phase 3
-FEW = slice(0, 500)  # test pairs for the figures during training; `eval` takes all
+FEW = slice(0, 250)  # test pairs for the figures during training; `eval` takes all
 
 @dataclass
 class Data:
@@ -1199,8 +1202,8 @@ def decode(model, prompts, span):
     that were chosen, int64 (B,1). prompts, int64 (B,T), are read in a single pass ("prefill")."""
     embedding, output = model.tables()
     tables, tokens = (embedding, output[slice(*span)]), prompts.to(embedding.device)
-    caches = embedding.new_empty(len(model.blocks), 2, len(prompts), model.n_heads,
-                                 model.context_length, embedding.shape[1] // model.n_heads)
+    caches = embedding.new_empty(len(model.blocks), 2, len(prompts), model.context_length,
+                                 model.d_model // model.n_heads)
     position = 0
     while True:
         logits, position = model(tokens, tables, caches, position), position + tokens.shape[1]
@@ -1431,12 +1434,11 @@ def write_style(style, n, size, rng):
         dots.append(pull @ points / pull.sum(1, keepdims=True))
     # One random matrix stretches, turns and slants. With the shake it is all that reading real
     # digits takes: waves or bent proportions as well gained about 0.2 % each, or less
-    dots = np.hstack(dots)
-    dots = dots @ rng.normal([[1, 0], [-0.15, 1]], 0.19, (n, 2, 2))
+    dots = np.hstack(dots) @ rng.normal([[1, 0], [-0.15, 1]], 0.19, (n, 2, 2))
     # A dot has the ink of its bit of path; the jump where the pen is lifted counts as a short one
     steps = np.linalg.norm(np.gradient(dots, axis=1), axis=2, keepdims=True).clip(0, 0.07)
     # As in MNIST, the longer side of a digit takes 20/28 of the picture, its mean is in the centre
-    dots = dots - steps.mT @ dots / steps.sum(1, keepdims=True)
+    dots -= steps.mT @ dots / steps.sum(1, keepdims=True)
     pen = np.exp(rng.normal(-2.5, 0.27, (n, 1, 1)))
     side = np.ptp(dots, 1).max(1)[:, None, None] + pen
     grid = side * np.linspace(-0.7, 0.7, size)  # (n,1,size)
@@ -1688,7 +1690,7 @@ def generate_unconditional(model, tokenizer, vqvae, n_samples, device, how=Sampl
 # makes torch refuse all but tensors and plain values. Samples are a PPM, the plainest of picture
 # formats (size and pixels), or a PNG, which every program shows; and .npy, for programs.
 
-FORMAT = 8  # of checkpoints; raise it whenever an old file would be misread
+FORMAT = 9  # of checkpoints; raise it whenever an old file would be misread
 VQVAE_FILE, IGPT_FILE = "checkpoints/vqvae_model.pth", "checkpoints/igpt_model.pth"  # of a run
 
 def atomic_write(path, data, patience=0):
@@ -1820,8 +1822,7 @@ GLYPHS = np.unpackbits(np.frombuffer(bytes.fromhex("""
     """), np.uint8)).reshape(-1, 6, 8)
 
 def add_texts(pictures, texts):
-    """uint8 (N,H,W,3) and as many texts, or none -> uint8 (N,H+8*lines,W,3): below each picture its
-    text, wrapped."""
+    """uint8 (N,H,W,3) and N texts, or none -> uint8 (N,H+8*lines,W,3): texts wrapped below."""
     width = pictures.shape[2]
     wrapped = [textwrap.wrap(text.lower(), width // 6) for text in texts]
     for lines in itertools.zip_longest(*wrapped, fillvalue=""):  # the first of all, the second ...
@@ -1920,8 +1921,7 @@ class Run:
             log(f"warning: {folder} cannot be locked ({error.strerror})")
 
     def save(self, **changes):
-        """Write the state, some of it new. After Ctrl-C or SIGTERM, then exit with the status that
-        the shell expects."""
+        """Write the state, some of it new. After Ctrl-C or SIGTERM exit as the shell expects."""
         self.saved, self.state = time.monotonic(), self.state | changes
         save_checkpoint(self.state_path, **self.state)
         if self.signal:

@@ -1782,7 +1782,13 @@ class DistanceTensor(VectorQuantizer):
         return (z.movedim(1, -1)[..., None, :] - self.weight).square().sum(-1)
 
 class PlainBlock(mmgen.Block):
-    """A textbook block: scores, mask and softmax spelled out in float32."""
+    """A textbook block: each head has keys and values, scores, mask and softmax are spelled out in
+    float32, every element is dropped by itself."""
+
+    def __init__(self, d_model, n_heads, dropout):
+        super().__init__(d_model, n_heads, dropout)
+        self.attention.qkv = torch.nn.Linear(d_model, 3 * d_model, bias=False)
+        self.dropout = torch.nn.Dropout(dropout)
 
     def forward(self, x, *context):
         B, T, d = x.shape
