@@ -285,9 +285,8 @@ def random_affine(x, strength):
 def picture_batches(images, batch_size, text_ids=None, **options):
     """uint8 pictures (M,H,W,3) -> Batches of (B,3,H,W) in [-1,1]; with text ids (M,L+1) of pairs
     (pictures, text ids (B,L+1))."""
-    pixels = torch.from_numpy(np.ascontiguousarray(images))
     def get(rows):
-        x = to_float(pixels[rows])
+        x = to_float(torch.from_numpy(images[rows.numpy()]))
         return x if text_ids is None else (x, text_ids[rows])
     return Batches(get, len(images), batch_size, **options)
 
@@ -728,9 +727,7 @@ def extract_tokens(vqvae, images, augment=0.0):
     if images.shape[1:3] != vqvae.size:
         raise InputError(f"the model knows {vqvae.size} pictures, not {images.shape[1:3]}")
     device, out = vqvae.codebook.weight.device, []
-    pixels = torch.from_numpy(np.ascontiguousarray(images))
-    for part in track(pixels.split(CHUNK), "extracting tokens"):
-        x = to_float(part)
+    for x in track(picture_batches(images, CHUNK), "extracting tokens"):
         x = random_affine(x, augment) if augment else x
         out.append(vqvae.get_tokens(x.to(device)).flatten(1).cpu())
     return torch.cat(out)
@@ -823,13 +820,13 @@ class Muon(torch.optim.Adam):
 
     @classmethod
     def orthogonalize(cls, x):
-        """Matrices (n,rows,columns) -> about U V^T of their decompositions U S V^T: five rounds of
-        X <- aX + (b XX^T + c (XX^T)^2) X, which bring all singular values near 1."""
+        """Matrices (n,rows,columns) -> about U V^T of their decompositions U S V^T: four rounds of
+        X <- aX + (b XX^T + c (XX^T)^2) X, which bring most singular values near 1."""
         if x.shape[1] > x.shape[2]:  # the products below are then the smaller ones
             return cls.orthogonalize(x.mT).mT
         x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
         a, b, c = 3.4445, -4.7750, 2.0315
-        for _ in range(5):
+        for _ in range(4):
             gram = x @ x.mT  # (n,rows,rows)
             x = torch.baddbmm(x, b * gram + c * gram @ gram, x, beta=a)  # sum and product in one
         return x.float()
@@ -1249,10 +1246,6 @@ class Models:
         if order not in self.igpt.orders:
             log(f"warning: the model was trained on {', '.join(self.igpt.orders)}, not {order}")
 
-    def continue_images(self, prompts, n_new, how, unconditional=()):
-        """Prompts (B,T) that end where a picture goes on -> its next tokens int64 (B,n_new)."""
-        return generate(self.igpt, prompts, n_new, self.tokenizer.image_span, how, unconditional)
-
     def continue_captions(self, prompts, n_words, how):
         """Prompts (B,T) that end where a caption goes on -> B texts of 1 to n_words words."""
         t = self.tokenizer
@@ -1272,10 +1265,10 @@ class Models:
             return sample_token(self.igpt(rows)[:, -N:, : t.n_embeddings], how)  # (B,N,K) -> (B,N)
         if how.guidance and "image_text" in self.igpt.orders:  # a picture that no caption precedes
             nothing = torch.tensor([[t.bos_token, t.end_of_text_token]])
-        tokens = self.continue_images(prompts, N, how, nothing)
+        tokens = generate(self.igpt, prompts, N, t.image_span, how, nothing)
         for _ in range(how.redraw):
             if again := self.unsure(tokens, captions):
-                tokens[again] = self.continue_images(prompts[again], N, how, nothing)
+                tokens[again] = generate(self.igpt, prompts[again], N, t.image_span, how, nothing)
         return tokens
 
     def unsure(self, tokens, captions):
@@ -1381,7 +1374,7 @@ def evaluate(models, images, captions, how=SamplingConfig(), seed=0):
 
 # ===== Part II: everything else ===================================================================
 
-import argparse, colorsys, contextlib, copy, csv, io, os, pickle, pickletools
+import argparse, colorsys, contextlib, copy, csv, ctypes, io, os, pickle, pickletools
 import shutil, signal, struct, textwrap
 from pathlib import Path
 
@@ -2170,7 +2163,7 @@ def make_samples(options, models, prompts):
             raise InputError(f"--complete {options.complete}: pictures have {h} rows of tokens")
         if options.complete:
             begun = image_prompts(models.tokenizer, tokens)[:, : 2 + kept]  # BOS EOT and the rows
-            drawn = models.continue_images(begun, h * w - kept, options)
+            drawn = generate(models.igpt, begun, h * w - kept, models.tokenizer.image_span, options)
             if isinstance(models.vqvae, FactoredVQVAE):  # the lower corners' colours stay
                 drawn[:, [-w, -1]] = tokens[:, [-w, -1]]
             tokens[:, kept:] = drawn
@@ -2280,6 +2273,11 @@ def main(argv):
     """The command line: a list of words (none: help) -> the exit status. What the user gave, and
     what the machine lacks, can be wrong in many ways, and each is said in one line. Any other error
     is one of this file and keeps its traceback."""
+    # Keep memory that is freed: glibc hands large blocks back to the system, and to have them cleared
+    # and mapped anew took a tenth of each step
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-3, 2**25) and mallopt(-1, 1_000_000_000)  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
     try:
         if torch.__version__ < "2.5":
             raise InputError(f"this is torch {torch.__version__}, and mmgen needs 2.5 or newer")
