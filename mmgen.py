@@ -185,7 +185,7 @@ class Config(Settings):
         noise            0.0     0.3     0.0     0..1         at most this share of codes is random
         augment          0.0     0.07    0.0     0..1         by how much pictures are warped
         igpt_epochs      30      30      30      1..          length of phase 2
-        igpt_steps       0       4400    60      0..          the same in steps; 0: in epochs
+        igpt_steps       0       3500    60      0..          the same in steps; 0: in epochs
         igpt_lr          1e-3    8e-3    3e-3    0..          iGPT's rate; muon: but for matrices
         joint training
         single_epochs    30      30      30      1..          length of `single`
