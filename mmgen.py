@@ -73,7 +73,7 @@ import re
 import sys
 import time
 import zlib
-from collections import namedtuple
+from collections import defaultdict, namedtuple
 from dataclasses import dataclass
 
 import numpy as np
@@ -175,7 +175,7 @@ class Config(Settings):
         vqvae_lr         1e-3    3e-3    3e-3    0..          VQ-VAE's rate; muon: but for matrices
         iGPT
         d_model          128     128     32      4..          width of the iGPT
-        n_heads          4       4       2       1..          heads; twice as many divide the width
+        n_heads          4       4       2       1..          heads; twice this divides d_model
         n_layers         4       4       2       1..          blocks
         dropout          0.1     0.0     0.1     0..0.9       in blocks; 0 for runs of few epochs
         predictor        causal  causal  causal  causal|parallel  parallel: all codes at once
@@ -185,7 +185,7 @@ class Config(Settings):
         noise            0.0     0.3     0.0     0..1         at most this share of codes is random
         augment          0.0     0.07    0.0     0..1         by how much pictures are warped
         igpt_epochs      30      30      30      1..          length of phase 2
-        igpt_steps       0       3500    60      0..          the same in steps; 0: in epochs
+        igpt_steps       0       3600    60      0..          the same in steps; 0: in epochs
         igpt_lr          1e-3    8e-3    3e-3    0..          iGPT's rate; muon: but for matrices
         joint training
         single_epochs    30      30      30      1..          length of `single`
@@ -242,8 +242,8 @@ class Batches:
     """Batch number `step` as a function of (seed, step) alone, so that training can go on from any
     step. (A shuffled DataLoader hides its place in a generator's state.) Rows are shuffled anew in
     every epoch; a PASS, what one iteration yields and len() counts, need not be an epoch. get: row
-    numbers int64 (B,) -> a batch. n_rows: how many rows there are. seed None: in order.
-    per_pass: batches a pass (0: an epoch)."""
+    numbers int64 (B,), fewer at an epoch's end, -> a batch. n_rows: how many there are. seed None:
+    in order. per_pass: batches a pass (0: an epoch)."""
     def __init__(self, get, n_rows, batch_size, seed=None, per_pass=0):
         self.get, self.n_rows, self.batch_size, self.seed = get, n_rows, batch_size, seed
         self.per_epoch = math.ceil(n_rows / batch_size)
@@ -254,7 +254,7 @@ class Batches:
 
     def __iter__(self):
         first, self.next_step = self.next_step, self.next_step + self.per_pass
-        return map(self.__getitem__, range(first, self.next_step))  # each pass has its own order
+        return map(self.__getitem__, range(first, self.next_step))  # the next pass goes on there
 
     def __getitem__(self, step):
         epoch, batch = divmod(step, self.per_epoch)
@@ -270,8 +270,7 @@ def to_float(images):
 
 def denormalize(x):
     """The way back: (B,3,H,W) in [-1,1] -> uint8 array (B,H,W,3)."""
-    x = (x.clamp(-1, 1) + 1) * 127.5
-    return x.round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 CHUNK = 250  # so many rows at a time where no gradient is wanted, for the memory's sake
 
@@ -546,9 +545,9 @@ class SelfAttention(nn.Module):
 
     def forward(self, x, turns, bias, cache=None, position=0):
         """x (B,T,d) -> (B,T,d). turns: complex (T,1,head_dim/2), by which queries and keys are
-        turned when pairs of numbers are taken as complex ones. bias (T*heads,columns) is added to
-        scores; -inf where a token must not look. cache: (2,B,context,head_dim), of which the first
-        `position` columns hold keys and values of what came before x; x's own are added."""
+        turned when pairs of numbers are taken as complex ones. bias (T*heads,end) is added to
+        scores; -inf where a token must not look. cache: (2,B,context_length,head_dim), of which the
+        first `position` places hold keys and values of what came before x; x's own go behind."""
         end = position + x.shape[1]
         qkv = self.qkv(x).unflatten(2, (self.n_heads + 2, -1))  # (B,T,heads+2,head_dim)
         qk, v = self.norm(qkv[:, :, :-1]), qkv[:, :, -1]
@@ -558,9 +557,9 @@ class SelfAttention(nn.Module):
         if cache is not None:
             cache[:, :, position:end] = torch.stack([k, v])
             k, v = cache[:, :, :end]
-        # softmax(q k^T / sqrt(head_dim) + bias) v, the queries of all heads one below the other.
+        # softmax(q k^T / sqrt(head_dim) + bias) v, a token's queries one below the other.
         # F.scaled_dot_product_attention, made for much longer sequences, is slower here
-        scores = (q * q.shape[-1] ** -0.5).flatten(1, 2) @ k.mT + bias  # (B,T*heads,columns)
+        scores = (q * q.shape[-1] ** -0.5).flatten(1, 2) @ k.mT + bias  # (B,T*heads,end)
         y = scores.softmax(-1) @ v  # (B,T*heads,head_dim)
         return self.out(y.view_as(x))
 
@@ -570,8 +569,8 @@ class SelfAttention(nn.Module):
 # places, shared keys and values, and tables of picture tokens that are built from the codebook.
 
 class Block(nn.Module):
-    """Pre-norm: x + attention(norm(x)), then x + mlp(norm(x)). (B,T,d) -> (B,T,d). Channels are
-    dropped from whole sequences: drawing a number for each element took a tenth of a step."""
+    """Pre-norm: x + attention(norm(x)), then x + mlp(norm(x)). (B,T,d) -> (B,T,d). Dropout1d wants
+    (B,d,T) and drops a channel at all T: a random number an element took a tenth of a step."""
     def __init__(self, d_model, n_heads, dropout):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(d_model), nn.LayerNorm(d_model)
@@ -580,8 +579,8 @@ class Block(nn.Module):
             nn.Linear(d_model, 4 * d_model), nn.GELU(), nn.Linear(4 * d_model, d_model))
         self.dropout = nn.Dropout1d(dropout)
 
-    def forward(self, x, *context):  # context: see SelfAttention
-        x = x + self.dropout(self.attention(self.norm1(x), *context).mT).mT
+    def forward(self, x, *rest):  # rest: see SelfAttention
+        x = x + self.dropout(self.attention(self.norm1(x), *rest).mT).mT
         return x + self.dropout(self.mlp(self.norm2(x)).mT).mT
 
 class iGPT(nn.Module):
@@ -602,7 +601,7 @@ class iGPT(nn.Module):
         vars(self).update(self.options)
         self.n_codes = 0 if codebook is None else len(codebook)  # K, as far as it is known
         self.embedding = nn.Embedding(vocab_size, d_model)
-        self.back = nn.Parameter(torch.zeros(n_layers, n_heads, context_length))
+        self.back = nn.Parameter(torch.zeros(n_layers, n_heads, context_length))  # by distance
         self.blocks = nn.ModuleList(Block(d_model, n_heads, dropout) for _ in range(n_layers))
         self.norm = nn.LayerNorm(d_model)
         self.head = nn.Linear(d_model, vocab_size, bias=False)
@@ -643,13 +642,13 @@ class iGPT(nn.Module):
         # About a quarter turn a token is the fastest, a hundredth of it the slowest
         speeds = 100 ** -torch.linspace(0, 1, self.d_model // self.n_heads // 2, device=x.device)
         turns = (1.5j * here * speeds).exp()[:, None]  # (T,1,head_dim/2)
-        away = here - places  # (T,length)
+        away = here - places  # (T,length); below 0: ahead
         bias = self.back[..., away.abs()]  # (layers,heads,T,length)
         if self.causal:
             bias = bias.masked_fill(away < 0, -math.inf)
         bias = bias.transpose(1, 2).flatten(1, 2)  # (layers,T*heads,length)
-        for block, *context in zip(self.blocks, bias, caches):
-            x = block(x, turns, *context, position)
+        for block, b, cache in zip(self.blocks, bias, caches):
+            x = block(x, turns, b, cache, position)
         return F.linear(self.norm(x), output)
 
 class ParallelPredictor(iGPT):
@@ -675,10 +674,10 @@ class ParallelPredictor(iGPT):
 def make_sequences(tokens, text_ids, tokenizer, order):
     """Picture tokens (B,N) and captions (B,L+1) from Tokenizer.encode_batch -> sequences
     int64 (B,N+L+3) in one of the ORDERS. A caption shorter than L is filled up with EOTs,
-    so that all captions are equally long, and a picture comes after the last."""
+    so that all captions are equally long, and a picture follows the last EOT."""
     marks = tokens.new_tensor(specials(tokenizer.vocab_size)).expand(len(tokens), 3)
     eot, eoi, bos = marks.split(1, 1)  # (B,1) each
-    rows = {  # text_ids hold the EOT, which a caption of length L needs only if something follows
+    rows = {  # text_ids end in an EOT: image_text leaves it out, and plain, as the notes, keeps it
         "image_text": [bos, eot, tokens, eoi, text_ids[:, :-1]],
         "text_image": [bos, eoi, text_ids, tokens],
         "plain": [bos, tokens, eoi, text_ids]}
@@ -726,11 +725,14 @@ def extract_tokens(vqvae, images, augment=0.0):
     pictures of another size than the VQVAE's."""
     if images.shape[1:3] != vqvae.size:
         raise InputError(f"the model knows {vqvae.size} pictures, not {images.shape[1:3]}")
-    device, out = vqvae.codebook.weight.device, []
-    for x in track(picture_batches(images, CHUNK), "extracting tokens"):
-        x = random_affine(x, augment) if augment else x
-        out.append(vqvae.get_tokens(x.to(device)).flatten(1).cpu())
-    return torch.cat(out)
+    # In one piece: small ones that are kept among a batch's large blocks would fragment the memory
+    tokens = torch.empty(len(images), vqvae.n_tokens, dtype=int)
+    for x, part in zip(track(picture_batches(images, CHUNK), "extracting tokens"),
+                       tokens.split(CHUNK)):
+        if augment:
+            x = random_affine(x, augment)
+        part.copy_(vqvae.get_tokens(x.to(vqvae.codebook.weight)).flatten(1))
+    return tokens
 
 @torch.no_grad()
 def decode_pictures(vqvae, tokens):
@@ -781,8 +783,8 @@ def measure_reconstruction(vqvae, images, tokens):
     """Pictures uint8 (M,H,W,3), their tokens (M,N) -> recon_mse (bytes in [-1,1] units), recon_psnr
     (dB; values span 2), codebook_used (share of codes chosen at all) and codebook_perplexity (exp
     of their use's entropy: so many codes, used alike, would tell as much)."""
-    errors = decode_pictures(vqvae, tokens).astype(np.float32) - images  # (M,H,W,3)
-    mse = np.square(errors / 127.5).mean().item()
+    errors = np.subtract(decode_pictures(vqvae, tokens), images, dtype=np.float32)  # (M,H,W,3)
+    mse = (errors**2).mean().item() / 127.5**2
     counts = tokens.flatten().bincount()  # (K,), or less if the last codes are not used
     return {
         "recon_mse": mse, "recon_psnr": 10 * math.log10(4 / max(mse, 1e-12)),
@@ -798,7 +800,7 @@ class Muon(torch.optim.Adam):
     torch.optim.Muon computes in bfloat16 one matrix at a time, which takes seconds on a CPU without
     bfloat16 units. Here autocast decides, and products are batched over a group: a fifth of a step,
     for twice the learning."""
-    LR = 0.02  # such an update has all singular values near 1, whatever the width
+    LR = 0.02  # for singular values near 1, whatever the width; tall matrices get more
     @torch.no_grad()
     def step(self):
         """One update of all groups; sets the gradients of the orthogonal groups to None."""
@@ -820,13 +822,13 @@ class Muon(torch.optim.Adam):
 
     @classmethod
     def orthogonalize(cls, x):
-        """Matrices (n,rows,columns) -> about U V^T of their decompositions U S V^T: four rounds of
+        """Matrices (n,rows,columns) -> about U V^T of their decompositions U S V^T: five rounds of
         X <- aX + (b XX^T + c (XX^T)^2) X, which bring most singular values near 1."""
         if x.shape[1] > x.shape[2]:  # the products below are then the smaller ones
             return cls.orthogonalize(x.mT).mT
         x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
         a, b, c = 3.4445, -4.7750, 2.0315
-        for _ in range(4):
+        for _ in range(5):
             gram = x @ x.mT  # (n,rows,rows)
             x = torch.baddbmm(x, b * gram + c * gram @ gram, x, beta=a)  # sum and product in one
         return x.float()
@@ -835,12 +837,12 @@ def make_optimizer(cfg, modules, factors):
     """A Config's optimizer, Adam or Muon, of the parameters of modules, a dict of 'vqvae', 'igpt'
     or both, but for frozen ones. (Muon without orthogonal groups is Adam.)
     One group each for VQ-VAE, codebook, transformer; under muon their matrices, by shape, learn at
-    Muon.LR, not at the Config's rates. factors multiply those of 'vqvae', 'codebook', 'igpt'."""
+    Muon.LR, not at the Config's rates. factors of 'vqvae', 'codebook', 'igpt' multiply both."""
     groups = {}
     for kind, module in modules.items():
         for name, p in module.named_parameters():
             part = "codebook" if name == "codebook.weight" else kind
-            # Muon is for linear maps and convolutions; rows of embeddings and outputs are tokens'
+            # Muon is for maps and convolutions inside; what makes tables() is left to Adam
             inside = name.startswith(("blocks", "encoder", "decoder", "colors"))
             matrix = cfg.optimizer == "muon" and inside and p.dim() > 1
             rate = Muon.LR if matrix else getattr(cfg, f"{kind}_lr")
@@ -871,7 +873,7 @@ class Trainer:
     name, and loss(batch) -> dict of scalars to report, of which 'loss' has the gradient.
     model: an nn.Module, or a dict of several. optimizer: any torch optimizer over their parameters.
     cfg: a Config with the loss' weights and the seed. scheduler: stepped once a step (default: the
-    learning rates stay). bf16: matrix products in bfloat16. step_losses: the loss of each step."""
+    learning rates stay). bf16: products in bfloat16. self.step_losses: the loss of each step."""
     def __init__(self, model, optimizer, device, cfg=Config(), scheduler=None, bf16=False):
         self.modules = nn.ModuleDict(model if isinstance(model, dict) else {self.phase: model})
         self.optimizer, self.device, self.cfg = optimizer, torch.device(device), cfg
@@ -883,8 +885,8 @@ class Trainer:
         """Train until num_epochs passes of the loader are done, going on from self.step. Loaders
         are Batches, or any iterables of batches with a length; a pass is what the notes call an
         epoch. on_step(trainer) is called before each step, on_pass(row) after each pass with a dict
-        of its figures. Returns (train_losses, test_losses), a float for each pass made here, which
-        leaves the modules in eval mode. Raises InputError as train_step does."""
+        of its figures. Returns (train_losses, test_losses), a float for each pass made here; a pass
+        ends in eval mode. Raises InputError as train_step does."""
         n, train_losses, test_losses = len(train_loader), [], []
         steps = range(self.step, n * num_epochs)
         batches = itertools.chain.from_iterable(itertools.repeat(train_loader))
@@ -927,12 +929,11 @@ class Trainer:
     def end_pass(self, n, test_loader):
         """After n steps -> dict of figures: the mean loss of these steps, and means of all that
         loss() reports over the batches of the test."""
-        figures = {"train_loss": np.mean(self.step_losses[-n:]).item()}
+        figures = defaultdict(float, train_loss=sum(self.step_losses[-n:]) / n)
         self.modules.eval()
         for batch in test_loader:
             for name, value in self.loss(batch).items():
-                name = f"test_{name}"
-                figures[name] = figures.get(name, 0) + value.item() / len(test_loader)
+                figures[f"test_{name}"] += value.item() / len(test_loader)
         self.require_finite(figures["test_loss"])  # the last step may have broken the weights
         return figures
 
@@ -1211,8 +1212,8 @@ def generate(model, prompts, n_new, span, how, unconditional=(), closing=False):
     """Continue prompts, int64 (B,T) on any device, by n_new >= 1 tokens -> int64 (B,n_new). The
     model is in eval mode afterwards.
     span: (low, high), the only ids allowed. how: a SamplingConfig. unconditional: for guidance (Ho
-    & Salimans 2022), the prompt without its condition, int64 (1,T'). closing: the span's last id is
-    an end mark, which may not come first; tokens after it mean nothing. Raises InputError for a
+    & Salimans 2022), the prompt without its condition, (1,T'), or (). closing: the span's last id
+    is an end mark, which may not come first; tokens after it mean nothing. Raises InputError for a
     ParallelPredictor and beyond the context."""
     if not model.eval().causal:
         raise InputError("a parallel predictor draws pictures from captions and does nothing else")
@@ -1222,8 +1223,9 @@ def generate(model, prompts, n_new, span, how, unconditional=(), closing=False):
         new, token = [], None  # a generator is started by sending None
         for _ in range(n_new):
             logits, *without = [branch.send(token) for branch in branches]  # (B,S) each
-            for uncond in without:  # guidance exaggerates what the condition changes. Tokens
-                # 20 times (3 nats) less likely than another take no part, or rare ones would win
+            for uncond in without:
+                # Exaggerate what the condition changes; but tokens that are 20 times (3 nats) less
+                # likely than the likeliest take no part, or rare ones would win
                 hopeless = logits < logits.amax(1, keepdim=True) - 3
                 logits = logits + how.guidance * (logits - uncond)
                 logits.masked_fill_(hopeless, -math.inf)
@@ -1273,7 +1275,7 @@ class Models:
 
     def unsure(self, tokens, captions):
         """Picture tokens (B,N), B captions -> list of those rows with a word of which the iGPT is
-        not 90 % sure (of synonyms it never is). It sees pixels: no red seven shows on red."""
+        not 90 % sure (of synonyms it never is). It reads pixels: a red seven on red shows none."""
         if "image_text" not in self.igpt.orders:
             return []  # it cannot read
         seen = extract_tokens(self.vqvae, decode_pictures(self.vqvae, tokens))
@@ -1286,9 +1288,9 @@ class Models:
         return self.continue_captions(prompts, self.tokenizer.caption_length, how)
 
     def pairs(self, n, how):
-        """n pairs from nothing: BOS EOI, a caption, and then a picture for it -> picture tokens
-        (n,N), list of n captions. (A picture that comes first may show no clear digit, and training
-        does not ask for more, see igpt_loss.) What stays unsure is made anew, caption and all."""
+        """n pairs from nothing: BOS EOI, a caption, then a picture for it -> picture tokens (n,N),
+        n captions. (A picture that comes first may show no clear digit, see igpt_loss.) Unsure ones
+        are made anew, caption and all, with a redraw less."""
         t = self.tokenizer
         prompts = torch.tensor([[t.bos_token, t.end_of_image_token]]).expand(n, 2)
         captions = self.continue_captions(prompts, t.caption_length, how)
@@ -2273,11 +2275,11 @@ def main(argv):
     """The command line: a list of words (none: help) -> the exit status. What the user gave, and
     what the machine lacks, can be wrong in many ways, and each is said in one line. Any other error
     is one of this file and keeps its traceback."""
-    # Keep memory that is freed: glibc hands large blocks back to the system, and to have them cleared
-    # and mapped anew took a tenth of each step
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
+    # Let glibc keep freed memory: to get large blocks mapped and cleared anew was 10 % of a step
+    with contextlib.suppress(Exception):  # another C library has no such thing
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-3, 2**25) and mallopt(-1, 1_000_000_000)  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+        mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, the most that it takes
+        mallopt(-1, 300_000_000)  # M_TRIM_THRESHOLD
     try:
         if torch.__version__ < "2.5":
             raise InputError(f"this is torch {torch.__version__}, and mmgen needs 2.5 or newer")
