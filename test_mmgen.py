@@ -692,6 +692,24 @@ def test_igpt_is_causal_and_knows_its_limits():
     with pytest.raises(InputError, match="not divisible by twice 4 heads"):
         iGPT(40, 58, d_model=30, n_heads=4)
 
+def test_attention_is_the_formula_head_by_head():
+    """All heads look up the same keys and values, each with queries and distances of its own."""
+    torch.manual_seed(0)
+    layer, x = mmgen.SelfAttention(32, 2), torch.randn(3, 5, 32)
+    turns, bias = torch.randn(5, 1, 8).mul(1j).exp(), torch.randn(5 * 2, 5)
+    rows = layer.qkv.weight.split(16)  # of the queries of either head, the key, the value
+
+    def turned(weight):
+        pairs = layer.norm(x @ weight.T).unflatten(2, (8, 2))
+        return torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * turns[:, 0]).flatten(2)
+
+    key, value, out = turned(rows[2]), x @ rows[3].T, []
+    for head in 0, 1:
+        scores = turned(rows[head]) @ key.mT / 4 + bias[head::2]  # rows are tokens, then heads
+        out.append(scores.softmax(-1) @ value)
+    expected = torch.cat(out, 2) @ layer.out.weight.T
+    assert torch.allclose(layer(x, turns, bias), expected, atol=1e-5)
+
 def test_dropout_only_in_training():
     torch.manual_seed(0)
     igpt = iGPT(40, 58, 32, 2, 2, dropout=0.5)
@@ -699,6 +717,16 @@ def test_dropout_only_in_training():
     assert not torch.equal(igpt(tokens), igpt(tokens))
     igpt.eval()
     assert torch.equal(igpt(tokens), igpt(tokens))
+
+def test_dropout_takes_channels_of_whole_sequences():
+    torch.manual_seed(0)
+    block, x = mmgen.Block(32, 2, dropout=0.5), torch.randn(3, 5, 32)
+    block.mlp[2].weight.data.zero_()
+    block.mlp[2].bias.data.zero_()  # what is left is x + dropout(attention)
+    change = block(x, torch.ones(5, 1, 8), torch.zeros(5 * 2, 5)) - x
+    taken = change == 0  # (3,5,32)
+    assert torch.equal(taken, taken[:, :1].expand(-1, 5, -1))
+    assert 20 < taken[:, 0].sum() < 76 and not torch.equal(taken[0], taken[1])
 
 def test_the_codebook_gets_gradient_from_an_igpt_that_does_not_own_it():
     vqvae, tokenizer, igpt = small_models()
