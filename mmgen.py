@@ -12,8 +12,8 @@
     python mmgen.py eval                   # every figure over the test split
 
 A VQ-VAE turns a picture into a grid of discrete tokens. An iGPT (a decoder-only transformer) models
-picture tokens and caption words as ONE sequence. So one network draws captions (the caption first,
-then the picture), captions a picture (the reverse), or makes up both.
+picture tokens and caption words as ONE sequence. So one network draws what a caption says (caption
+first, then picture), captions a picture (the reverse), or makes up both.
 
 Part I is the complete algorithm, in the order in which the data flows; to copy it, take all above
 the banner of Part II. In brackets: what of the two original notes a chapter implements. Notes A are
@@ -185,7 +185,7 @@ class Config(Settings):
         noise            0.0     0.3     0.0     0..1         at most this share of codes is random
         augment          0.0     0.07    0.0     0..1         by how much pictures are warped
         igpt_epochs      30      30      30      1..          length of phase 2
-        igpt_steps       0       3600    60      0..          the same in steps; 0: in epochs
+        igpt_steps       0       4400    60      0..          the same in steps; 0: in epochs
         igpt_lr          1e-3    8e-3    3e-3    0..          iGPT's rate; muon: but for matrices
         joint training
         single_epochs    30      30      30      1..          length of `single`
@@ -1634,8 +1634,8 @@ def load_data(folder, value_range="auto", captioned=False):
     elif drawn.exists():
         data = load_pickled_data(drawn, "8bit", DRAWN, np.load)
     else:
-        raise InputError(f"{folder} holds none of {', '.join(SOURCES)}: no data (`mmgen.py data "
-                         f"--data {folder}` would draw some)")
+        raise InputError(f"{folder} holds none of {', '.join(SOURCES)}: no data here; `mmgen.py "
+                         f"data --data {folder}` would draw some")
     sizes = {images.shape[1:3] for images in (*data[:2], *own)}
     if len(sizes) > 1:
         raise InputError(f"{folder}: pictures of unlike sizes: {sizes}")
@@ -2162,7 +2162,7 @@ def make_samples(options, models, prompts):
     else:
         tokens, judge = extract_tokens(models.vqvae, prompts), 0  # p(picture | caption)
         if options.complete >= h:
-            raise InputError(f"--complete {options.complete}: pictures have {h} rows of tokens")
+            raise InputError(f"--complete {options.complete}: there are {h} rows, want fewer")
         if options.complete:
             begun = image_prompts(models.tokenizer, tokens)[:, : 2 + kept]  # BOS EOT and the rows
             drawn = generate(models.igpt, begun, h * w - kept, models.tokenizer.image_span, options)
@@ -2208,7 +2208,7 @@ def command_sample(options, data=None):
     name, *senseless = MODES[mode].split()
     for flag in senseless:
         if getattr(options, flag) != getattr(Options, flag):
-            raise InputError(f"{flag} does not belong to mode {mode}")
+            raise InputError(f"--{flag.replace('_', '-')} does not belong to mode {mode}")
     out = options.out or f"{options.run}/results/{name}"
     models = load_models(options.run, options.pick_device())
     if options.prompts:

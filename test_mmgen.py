@@ -700,8 +700,8 @@ def test_attention_is_the_formula_head_by_head():
     rows = layer.qkv.weight.split(16)  # of the queries of either head, the key, the value
 
     def turned(weight):
-        pairs = layer.norm(x @ weight.T).unflatten(2, (8, 2))
-        return torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * turns[:, 0]).flatten(2)
+        pairs = layer.norm(x @ weight.T).unflatten(2, (8, 2)).contiguous()
+        return torch.view_as_real(torch.view_as_complex(pairs) * turns[:, 0]).flatten(2)
 
     key, value, out = turned(rows[2]), x @ rows[3].T, []
     for head in 0, 1:
