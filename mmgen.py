@@ -73,7 +73,7 @@ import re
 import sys
 import time
 import zlib
-from collections import defaultdict, namedtuple
+from collections import namedtuple
 from dataclasses import dataclass
 
 import numpy as np
@@ -258,11 +258,12 @@ class Batches:
 
     def __getitem__(self, step):
         epoch, batch = divmod(step, self.per_epoch)
-        part = slice(batch * self.batch_size, (batch + 1) * self.batch_size)
-        rows = torch.arange(self.n_rows)
-        if self.seed is not None:
+        start = batch * self.batch_size
+        if self.seed is None:
+            rows = torch.arange(self.n_rows)
+        else:
             rows = shuffled(self.n_rows, self.seed * 1_000_003 + epoch)
-        return self.get(rows[part])
+        return self.get(rows[start : start + self.batch_size])
 
 def to_float(images):
     """uint8 tensor (B,H,W,3) -> float (B,3,H,W) in [-1,1]."""
@@ -721,8 +722,7 @@ def image_prompts(tokenizer, tokens):
 @torch.no_grad()
 def extract_tokens(vqvae, images, augment=0.0):
     """Run pictures uint8 (M,H,W,3) through the encoder once, not in every epoch (notes B: offline)
-    -> tokens int64 (M,N) on the CPU. augment: a random_affine's strength. Raises InputError for
-    pictures of another size than the VQVAE's."""
+    -> tokens int64 (M,N), on the CPU. augment: random_affine's. InputError for another size."""
     if images.shape[1:3] != vqvae.size:
         raise InputError(f"the model knows {vqvae.size} pictures, not {images.shape[1:3]}")
     # In one piece: small ones that are kept among a batch's large blocks would fragment the memory
@@ -929,11 +929,12 @@ class Trainer:
     def end_pass(self, n, test_loader):
         """After n steps -> dict of figures: the mean loss of these steps, and means of all that
         loss() reports over the batches of the test."""
-        figures = defaultdict(float, train_loss=sum(self.step_losses[-n:]) / n)
+        figures = {"train_loss": sum(self.step_losses[-n:]) / n}
         self.modules.eval()
         for batch in test_loader:
             for name, value in self.loss(batch).items():
-                figures[f"test_{name}"] += value.item() / len(test_loader)
+                name = f"test_{name}"
+                figures[name] = figures.get(name, 0) + value.item() / len(test_loader)
         self.require_finite(figures["test_loss"])  # the last step may have broken the weights
         return figures
 
@@ -1279,7 +1280,7 @@ class Models:
         if "image_text" not in self.igpt.orders:
             return []  # it cannot read
         seen = extract_tokens(self.vqvae, decode_pictures(self.vqvae, tokens))
-        return span_sums(self, seen, captions, "image_text")[4].nonzero()[:, 0].tolist()
+        return span_sums(self, seen, captions, "image_text")[4].nonzero().flatten().tolist()
 
     def captions(self, tokens, how):
         """Picture tokens (B,N) -> list of B captions."""
@@ -2272,9 +2273,8 @@ COMMANDS = {  # name: function, names of its flags
     "eval": (command_eval, f"json {HOW}")}
 
 def main(argv):
-    """The command line: a list of words (none: help) -> the exit status. What the user gave, and
-    what the machine lacks, can be wrong in many ways, and each is said in one line. Any other error
-    is one of this file and keeps its traceback."""
+    """The command line: a list of words (none: help) -> the exit status. What the user got wrong or
+    the machine lacks is said in a line; any other error is this file's and keeps its traceback."""
     # Let glibc keep freed memory: to get large blocks mapped and cleared anew was 10 % of a step
     with contextlib.suppress(Exception):  # another C library has no such thing
         mallopt = ctypes.CDLL(None).mallopt
