@@ -30,7 +30,7 @@ the recipe of a VQ-VAE and an iGPT for coloured MNIST, notes B the plan for trai
     Optimizers    Muon, make_optimizer, create_cosine_scheduler                 [B 4]
     Training      Trainer, VQVAETrainer, iGPTTrainer, JointTrainer              [A and B, training]
     Regimes       Data, prepare_phase, train_regime: two-stage, single, multi   [B, all of it]
-    Sampling      logits_to_probs, sample_token, decode, generate, Models       [A, generation]
+    Sampling      logits_to_probs, sample_token, generate, Models               [A, generation]
     Evaluation    span_sums, compare_captions, evaluate
     --- Part II
     Drawn digits  STROKES, draw_digits: a data set from pen strokes
@@ -247,14 +247,13 @@ class Batches:
     def __init__(self, get, n_rows, batch_size, seed=None, per_pass=0):
         self.get, self.n_rows, self.batch_size, self.seed = get, n_rows, batch_size, seed
         self.per_epoch = math.ceil(n_rows / batch_size)
-        self.per_pass, self.next_step = per_pass or self.per_epoch, 0
+        self.per_pass, self.steps = per_pass or self.per_epoch, itertools.count()
 
     def __len__(self):
         return self.per_pass
 
     def __iter__(self):
-        first, self.next_step = self.next_step, self.next_step + self.per_pass
-        return map(self.__getitem__, range(first, self.next_step))  # the next pass goes on there
+        return map(self.__getitem__, itertools.islice(self.steps, self.per_pass))
 
     def __getitem__(self, step):
         epoch, batch = divmod(step, self.per_epoch)
@@ -338,11 +337,13 @@ class Tokenizer:
         return " ".join(self.all_words[i - K] for i in ids if i >= K)
 
     def encode_batch(self, texts):
-        """B captions -> int64 (B,L+1): the words, then EOT up to the length of the longest."""
+        """B captions -> int64 (B,L+1): the words, then EOT up to the length of the longest. None is
+        no caption: EOT only."""
         ids = torch.full((len(texts), self.caption_length + 1), self.end_of_text_token)
         for row, text in zip(ids, texts):
-            words = self.text_encode(text)
-            row[: len(words)] = words
+            if text is not None:
+                words = self.text_encode(text)
+                row[: len(words)] = words
         return ids
 
 # --- VQ-VAE: picture -> features z_e (B,D,h,w) -> nearest codes z_q (B,D,h,w) -> picture ----------
@@ -373,7 +374,7 @@ class VectorQuantizer(nn.Embedding):
         a matrix product, no (...,K,D) tensor."""
         with torch.autocast(z.device.type, enabled=False):  # bfloat16 would pick codes by luck
             z, e = z.movedim(1, -1).float(), self.weight
-            return F.linear(-2 * z, e, e.square().sum(1)).add_(z.square().sum(-1, keepdim=True))
+            return linear(-2 * z, e, e.square().sum(1)).add_(z.square().sum(-1, keepdim=True))
 
     def forward(self, z_e):
         """Features z_e (B,D,h,w) -> the nearest codes z_q (B,D,h,w), with gradient to them."""
@@ -505,16 +506,15 @@ class FactoredVQVAE(VQVAE):
         dim, D = self.options["dim"], self.options["D"]
         self.colors_in = nn.Sequential(nn.Linear(3, dim), nn.ReLU(), nn.Linear(dim, D))
         self.colors_out = nn.Sequential(nn.Linear(D, dim), nn.ReLU(), nn.Linear(dim, 3))
-        self.norm = ChannelNorm(D)  # once more: the corners now hold colour, too
 
     def encode(self, x):
         shares, colors = split_colors(x)
-        z = self.encoder(2 * shares - 1)  # (B,D,h,w)
+        z = self.encoder(shares)  # (B,D,h,w)
         z[CORNERS] += self.colors_in(colors).mT  # (B,D,4)
-        return self.norm(z)
+        return z
 
     def decode(self, z):
-        shares = (self.decoder(z).float() + 1) / 2  # (B,4,4h,4w)
+        shares = self.decoder(z).float()  # (B,4,4h,4w)
         shares[:, 0] = 1 - shares[:, 1:].sum(1)  # what the decoder says of the ground is not used
         return join_colors(shares, self.colors_out(z[CORNERS].mT).float())
 
@@ -531,6 +531,21 @@ def compute_loss(x, recon_x, z_e, z_q, beta=Config.beta):
 # When tokens are generated one by one, keys and values of those before are the same at every step.
 # They are kept in a tensor that is allocated once, and whoever writes says at which position.
 
+def linear(x, weight, bias=None):
+    """F.linear: x (...,in), weight (out,in), bias (out,) -> (...,out). On a CPU many rows are taken
+    as the pixels of a picture and multiplied by a convolution of width 1: torch has oneDNN compute
+    these in float32, too, which may take half the time of MKL's products."""
+    if x.device.type != "cpu" or x.numel() < 50_000:
+        return F.linear(x, weight, bias)
+    pixels = x.flatten(0, -2)[None, None].movedim(3, 1)  # (1,in,1,rows), in memory as before
+    y = F.conv2d(pixels, weight[:, :, None, None], bias)  # (1,out,1,rows)
+    return y.movedim(1, 3).view(*x.shape[:-1], -1)
+
+class Linear(nn.Linear):
+    """nn.Linear by the function above."""
+    def forward(self, x):
+        return linear(x, self.weight, self.bias)
+
 class SelfAttention(nn.Module):
     """Self-attention (Vaswani et al. 2017): (B,T,d) -> (B,T,d). Each head has its queries, all
     share keys and values (Shazeer 2019): one product serves all, and the cache is small. Queries
@@ -540,9 +555,9 @@ class SelfAttention(nn.Module):
         if d_model % (2 * n_heads):
             raise InputError(f"d_model {d_model} is not divisible by twice {n_heads} heads")
         self.n_heads, head_dim = n_heads, d_model // n_heads
-        self.qkv = nn.Linear(d_model, d_model + 2 * head_dim, bias=False)
+        self.qkv = Linear(d_model, d_model + 2 * head_dim, bias=False)
         self.norm = nn.LayerNorm(head_dim)
-        self.out = nn.Linear(d_model, d_model, bias=False)
+        self.out = Linear(d_model, d_model, bias=False)
 
     def forward(self, x, turns, bias, cache=None, position=0):
         """x (B,T,d) -> (B,T,d). turns: complex (T,1,head_dim/2), by which queries and keys are
@@ -570,19 +585,18 @@ class SelfAttention(nn.Module):
 # places, shared keys and values, and tables of picture tokens that are built from the codebook.
 
 class Block(nn.Module):
-    """Pre-norm: x + attention(norm(x)), then x + mlp(norm(x)). (B,T,d) -> (B,T,d). Dropout1d wants
-    (B,d,T) and drops a channel at all T: a random number an element took a tenth of a step."""
+    """Pre-norm: x + attention(norm(x)), then x + mlp(norm(x)). (B,T,d) -> (B,T,d)."""
     def __init__(self, d_model, n_heads, dropout):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(d_model), nn.LayerNorm(d_model)
         self.attention = SelfAttention(d_model, n_heads)
         self.mlp = nn.Sequential(
-            nn.Linear(d_model, 4 * d_model), nn.GELU(), nn.Linear(4 * d_model, d_model))
-        self.dropout = nn.Dropout1d(dropout)
+            Linear(d_model, 4 * d_model), nn.GELU(), Linear(4 * d_model, d_model))
+        self.dropout = nn.Dropout(dropout)
 
     def forward(self, x, *rest):  # rest: see SelfAttention
-        x = x + self.dropout(self.attention(self.norm1(x), *rest).mT).mT
-        return x + self.dropout(self.mlp(self.norm2(x)).mT).mT
+        x = x + self.dropout(self.attention(self.norm1(x), *rest))
+        return x + self.dropout(self.mlp(self.norm2(x)))
 
 class iGPT(nn.Module):
     """Next-token logits over the joint vocabulary: tokens int64 (B,T) -> (B,T,V).
@@ -627,8 +641,8 @@ class iGPT(nn.Module):
 
     def forward(self, tokens, tables=None, caches=itertools.repeat(None), position=0):
         """tokens int64 (B,T) -> logits (B,T,V). Raises InputError beyond the context. The rest is
-        for decode() of Sampling: tables, kept from tables(), the output's rows perhaps cut; a cache
-        a layer, which holds `position` tokens before these."""
+        for generate(): tables, kept from tables(), the output's rows perhaps cut; a cache a layer,
+        which holds `position` tokens before these."""
         length = position + tokens.shape[1]
         if length > self.context_length:
             raise InputError(f"{length} tokens, the context holds {self.context_length}")
@@ -650,7 +664,7 @@ class iGPT(nn.Module):
         bias = bias.transpose(1, 2).flatten(1, 2)  # (layers,T*heads,length)
         for block, b, cache in zip(self.blocks, bias, caches):
             x = block(x, turns, b, cache, position)
-        return F.linear(self.norm(x), output)
+        return linear(self.norm(x), output)
 
 class ParallelPredictor(iGPT):
     """The transformer of notes B taken literally: a caption in, logits of all picture tokens out,
@@ -685,10 +699,15 @@ def make_sequences(tokens, text_ids, tokenizer, order):
     return torch.cat(rows[order], 1)
 
 def mixed_sequences(tokens, text_ids, tokenizer, orders):
-    """A batch in equal parts of several orders, one after the other: (B,N), (B,L+1) -> (B,T)."""
-    n = len(orders)
-    parts = zip(tokens.tensor_split(n), text_ids.tensor_split(n), orders)
-    return torch.cat([make_sequences(t, ids, tokenizer, order) for t, ids, order in parts])
+    """A batch in equal parts of several orders, one after the other: (B,N), (B,L+1) -> (B,T). An
+    eighth of text_image rows loses the caption, so that guidance can ask what is drawn without."""
+    n, rows = len(orders), []
+    for part, ids, order in zip(tokens.tensor_split(n), text_ids.tensor_split(n), orders):
+        if order == "text_image":
+            ids = ids.clone()
+            ids[: len(ids) // 8] = tokenizer.end_of_text_token
+        rows.append(make_sequences(part, ids, tokenizer, order))
+    return torch.cat(rows)
 
 def pick_warped(orders, clean, warped):
     """Two batches (B,...) of the same pictures -> one to go with mixed_sequences: warped where a
@@ -757,15 +776,16 @@ def next_token_nll(logits, targets):
 
 def igpt_loss(igpt, rows, cfg):
     """Sequences (B,T) -> weighted mean nats a target, a scalar, and the logits (B,T-1,V).
-    The EOTs that fill up a short caption count nothing. Where the picture comes first, all up to
+    The EOTs that fill up a short caption, or one that was taken away, count nothing. Where the picture comes first, all up to
     its end counts image_weight: what is learned there draws without a caption (see pick_warped).
     The words after it count caption_weight: few targets, but no others teach reading. Noise is for
     rows that begin with the caption: who learns to read had better see what is there."""
     inputs, targets = rows[:, :-1], rows[:, 1:]
-    eot, eoi, _ = specials(igpt.vocab_size)
+    eot, eoi, bos = specials(igpt.vocab_size)
     draws = targets[:, :1] == eoi  # (B,1): the caption comes first
     weight = torch.where((inputs == eoi).cumsum(1) > 0, cfg.caption_weight, cfg.image_weight)
-    weight = weight.masked_fill(draws, 1).masked_fill((inputs == eot) & (targets == eot), 0)
+    fills = (inputs >= eot) & (inputs < bos) & (targets == eot)
+    weight = weight.masked_fill(draws, 1).masked_fill(fills, 0)
     logits = igpt(with_noise(igpt, inputs, cfg.noise, draws))
     return (next_token_nll(logits, targets) * weight).sum() / weight.sum(), logits
 
@@ -872,14 +892,21 @@ class Trainer:
     """The training loop that the library and the command line share. A subclass has `phase`, a
     name, and loss(batch) -> dict of scalars to report, of which 'loss' has the gradient.
     model: an nn.Module, or a dict of several. optimizer: any torch optimizer over their parameters.
-    cfg: a Config with the loss' weights and the seed. scheduler: stepped once a step (default: the
-    learning rates stay). bf16: products in bfloat16. self.step_losses: the loss of each step."""
-    def __init__(self, model, optimizer, device, cfg=Config(), scheduler=None, bf16=False):
+    vocab_size, sequence_length: the notes give an iGPT's, which it knows itself. cfg: a Config with
+    the loss' weights and the seed. scheduler: stepped once a step (default: the learning rates
+    stay). bf16: products in bfloat16. self.step_losses: the loss of each step."""
+    def __init__(self, model, optimizer, device, vocab_size=0, sequence_length=0, cfg=Config(),
+                 scheduler=None, bf16=False):
         self.modules = nn.ModuleDict(model if isinstance(model, dict) else {self.phase: model})
         self.optimizer, self.device, self.cfg = optimizer, torch.device(device), cfg
         self.scheduler = scheduler or torch.optim.lr_scheduler.ConstantLR(optimizer, 1)
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
-        self.step, self.step_losses = 0, []
+        self.step_losses = []
+
+    @property
+    def step(self):
+        """How many steps have been made."""
+        return len(self.step_losses)
 
     def train(self, train_loader, test_loader, num_epochs, on_step=None, on_pass=None):
         """Train until num_epochs passes of the loader are done, going on from self.step. Loaders
@@ -922,7 +949,6 @@ class Trainer:
         with self.autocast:  # for Muon's products
             self.optimizer.step()
         self.scheduler.step()
-        self.step += 1
         self.step_losses.append(loss.item())
 
     @torch.no_grad()
@@ -958,13 +984,13 @@ class Trainer:
 
     def state_dict(self):
         """All that the rest of the training depends on."""
-        return {"phase": self.phase, "step": self.step, "step_losses": self.step_losses,
+        return {"phase": self.phase, "step_losses": self.step_losses,
                 "modules": self.modules.state_dict(), "optimizer": self.optimizer.state_dict(),
                 "scheduler": self.scheduler.state_dict()}
 
     def load_state_dict(self, state):
         """Take up training where state_dict() was called."""
-        self.step, self.step_losses = state["step"], state["step_losses"]
+        self.step_losses = state["step_losses"]
         self.modules.load_state_dict(state["modules"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
@@ -977,12 +1003,8 @@ class VQVAETrainer(Trainer):
         return vqvae_loss(self.modules["vqvae"], x.to(self.device), self.cfg)[0]
 
 class iGPTTrainer(Trainer):
-    """Phase 2: batches are sequences int64 (B,T), see sequence_batches. The notes give vocab_size
-    and sequence_length, which the model itself knows. options: Trainer's, by name."""
+    """Phase 2: batches are sequences int64 (B,T), see sequence_batches. Arguments: Trainer's."""
     phase = "igpt"
-    def __init__(self, model, optimizer, device, vocab_size=0, sequence_length=0, **options):
-        super().__init__(model, optimizer, device, **options)
-
     def loss(self, rows):
         return {"loss": igpt_loss(self.modules["igpt"], rows.to(self.device), self.cfg)[0]}
 
@@ -1195,46 +1217,41 @@ def sample_token(logits, how):
     u = 0.999999 * torch.rand_like(cdf[..., -1:]) * cdf[..., -1:]  # never beyond the last
     return torch.searchsorted(cdf, u, right=True)[..., 0]
 
-def decode(model, prompts, span):
-    """Sequences that grow by a token at a time, each of which passes through the model once. A
-    generator: it yields logits (B,S) of the S ids of a span, (low, high), and is sent the tokens
-    that were chosen, int64 (B,1). prompts, int64 (B,T), are read in a single pass ("prefill")."""
-    embedding, output = model.tables()
-    tables, tokens = (embedding, output[slice(*span)]), prompts.to(embedding.device)
-    caches = embedding.new_empty(len(model.blocks), 2, len(prompts), model.context_length,
-                                 model.d_model // model.n_heads)
-    position = 0
-    while True:
-        logits, position = model(tokens, tables, caches, position), position + tokens.shape[1]
-        tokens = yield logits[:, -1]
-
-@torch.no_grad()
 def generate(model, prompts, n_new, span, how, unconditional=(), closing=False):
     """Continue prompts, int64 (B,T) on any device, by n_new >= 1 tokens -> int64 (B,n_new). The
     model is in eval mode afterwards.
     span: (low, high), the only ids allowed. how: a SamplingConfig. unconditional: for guidance (Ho
-    & Salimans 2022), the prompt without its condition, (1,T'), or (). closing: the span's last id
+    & Salimans 2022), the prompt without its condition, (1,T), or (). closing: the span's last id
     is an end mark, which may not come first; tokens after it mean nothing. Raises InputError for a
     ParallelPredictor and beyond the context."""
     if not model.eval().causal:
         raise InputError("a parallel predictor draws pictures from captions and does nothing else")
     rows = []
-    for part in track(prompts.split(CHUNK), "sampling"):
-        branches = [decode(model, p.expand(len(part), -1), span) for p in (part, *unconditional)]
-        new, token = [], None  # a generator is started by sending None
-        for _ in range(n_new):
-            logits, *without = [branch.send(token) for branch in branches]  # (B,S) each
-            for uncond in without:
-                # Exaggerate what the condition changes; but tokens that are 20 times (3 nats) less
-                # likely than the likeliest take no part, or rare ones would win
-                hopeless = logits < logits.amax(1, keepdim=True) - 3
-                logits = logits + how.guidance * (logits - uncond)
-                logits.masked_fill_(hopeless, -math.inf)
-            if closing and not new:
-                logits[:, -1] = -math.inf
-            token = span[0] + sample_token(logits, how)[:, None]  # (B,1)
-            new.append(token)
-        rows.append(torch.cat(new, 1))
+    with torch.inference_mode():  # no_grad and more: a tenth faster
+        embedding, output = model.tables()
+        tables = embedding, output[slice(*span)]  # logits of the span's S ids only
+        for part in track(prompts.split(CHUNK), "sampling"):
+            # Sequences with the condition, then, for guidance, as many without
+            branches = [prompt.expand_as(part) for prompt in (part, *unconditional)]
+            tokens, new, position = torch.cat(branches).to(embedding.device), [], 0
+            caches = embedding.new_empty(len(model.blocks), 2, len(tokens), model.context_length,
+                                         model.d_model // model.n_heads)
+            for _ in range(n_new):
+                # The prompt passes through the model at once ("prefill"), then each token does
+                logits = model(tokens, tables, caches, position)[:, -1]
+                position += tokens.shape[1]
+                logits, *without = logits.chunk(len(branches))  # (B,S) each
+                for uncond in without:
+                    # Exaggerate what the condition changes; but tokens that are 20 times (3 nats)
+                    # less likely than the likeliest take no part, or rare ones would win
+                    hopeless = logits < logits.amax(1, keepdim=True) - 3
+                    logits = uncond.lerp(logits, 1 + how.guidance)
+                    logits.masked_fill_(hopeless, -math.inf)
+                if closing and not new:
+                    logits[:, -1] = -math.inf
+                new.append(span[0] + sample_token(logits, how)[:, None])  # (B,1)
+                tokens = new[-1].repeat(len(branches), 1)
+            rows.append(torch.cat(new, 1))
     return torch.cat(rows)
 
 @dataclass
@@ -1261,13 +1278,12 @@ class Models:
         is to be is made again, `redraw` times at most: most false ones go, true ones stay about as
         varied as they are (rejection sampling). Raises InputError as text_encode does."""
         self.expect("text_image")
-        t, N, nothing = self.tokenizer, self.vqvae.n_tokens, ()
+        t, N = self.tokenizer, self.vqvae.n_tokens
         prompts = text_prompts(t, captions)  # (B,L+3)
         if not self.igpt.eval().causal:  # a ParallelPredictor draws all at once; it sees blanks
             rows = F.pad(prompts, (0, N - 1)).to(self.igpt.head.weight.device)  # (B,L+2+N)
             return sample_token(self.igpt(rows)[:, -N:, : t.n_embeddings], how)  # (B,N,K) -> (B,N)
-        if how.guidance and "image_text" in self.igpt.orders:  # a picture that no caption precedes
-            nothing = torch.tensor([[t.bos_token, t.end_of_text_token]])
+        nothing = text_prompts(t, [None] if how.guidance else [])  # (1 or 0,L+3)
         tokens = generate(self.igpt, prompts, N, t.image_span, how, nothing)
         for _ in range(how.redraw):
             if again := self.unsure(tokens, captions):
@@ -1327,10 +1343,10 @@ def span_sums(models, tokens, captions, order):
         sums.append(torch.stack(counts).sum(2))  # (5,B)
     return torch.cat(sums, 1)
 
-def compare_captions(models, tokens, captions, how):
+def compare_captions(models, tokens, captions):
     """What the models read in pictures' tokens (M,N), always the likeliest word, against the true
     captions -> share of those found wholly alike, share of their words found in place; floats."""
-    found, t = models.captions(tokens, how.but(greedy=True)), models.tokenizer
+    found, t = models.captions(tokens, SamplingConfig(greedy=True)), models.tokenizer
     ids = t.encode_batch(captions).numpy()  # (M,L+1): as ids, all captions are of one length
     right = t.encode_batch(found).numpy() == ids
     return right.all(1).mean(), right[ids < t.end_of_text_token].mean()
@@ -1366,13 +1382,13 @@ def evaluate(models, images, captions, how=SamplingConfig(), seed=0):
         elif order == "image_text":  # here the caption is what has to be found
             out |= dict(nll_image=picture / N, nll_image_to_text=text / words)
             out["caption_exact"], out["caption_slot_accuracy"] = compare_captions(
-                models, tokens, captions, how)
+                models, tokens, captions)
     if "nll_text" in out and "nll_image" in out:  # causal and of both orders: it draws and reads
         for name, drawing in ("exact", how), ("unguided", how.but(guidance=0.0, redraw=0)):
             torch.manual_seed(seed)
             # Through pixels: what we read is what a person would be shown
             made = extract_tokens(vqvae, decode_pictures(vqvae, models.images(captions, drawing)))
-            out[f"round_trip_{name}"], _ = compare_captions(models, made, captions, how)
+            out[f"round_trip_{name}"], _ = compare_captions(models, made, captions)
     return out
 
 # ===== Part II: everything else ===================================================================
@@ -1686,7 +1702,7 @@ def generate_unconditional(model, tokenizer, vqvae, n_samples, device, how=Sampl
 # makes torch refuse all but tensors and plain values. Samples are a PPM, the plainest of picture
 # formats (size and pixels), or a PNG, which every program shows; and .npy, for programs.
 
-FORMAT = 9  # of checkpoints; raise it whenever an old file would be misread
+FORMAT = 10  # of checkpoints; raise it whenever an old file would be misread
 VQVAE_FILE, IGPT_FILE = "checkpoints/vqvae_model.pth", "checkpoints/igpt_model.pth"  # of a run
 
 def atomic_write(path, data, patience=0):
@@ -1930,7 +1946,7 @@ class Run:
             state = self.state["trainer"]
             if state:
                 trainer.load_state_dict(state)
-                log(f"resumed {state['phase']} at step {state['step']}")
+                log(f"resumed {state['phase']} at step {trainer.step}")
         self.save(trainer=trainer.state_dict())
 
     def stop(self, number, frame):
@@ -2181,14 +2197,12 @@ def make_samples(options, models, prompts):
 
 def likelihoods(models, tokens, captions):
     """B pictures' tokens (B,N), or the first few of each, and captions -> nats of log p(picture |
-    caption), log p(caption | picture) and log p(pair), each (B,). A pair's probability is the mean
-    over both orders, as the model was trained on each as often as on the other. Raises InputError
-    for a model that was not."""
+    caption), log p(caption | picture) and log p(pair), the caption's and then the picture's, each
+    (B,). Raises InputError for a model that was not trained on both orders."""
     if not {*ORDERS[:2]} <= {*models.igpt.orders}:
         raise InputError("this model was not trained both to draw and to read")
     reading, drawing = (-span_sums(models, tokens, captions, order)[:2] for order in ORDERS[:2])
-    pair = torch.logaddexp(drawing.sum(0), reading.sum(0)) - math.log(2)  # of (2,B) each
-    return drawing[0], reading[1], pair
+    return drawing[0], reading[1], drawing.sum(0)  # of (2,B) each
 
 def finish_caption(models, caption, how):
     """A caption -> itself or, if it ends in "...", what the model makes of its beginning: at least
