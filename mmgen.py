@@ -208,8 +208,7 @@ class Config(Settings):
 
     @classmethod
     def preset(cls, preset, **changes):
-        """The Config of one of the PRESETS, but for some changes. A length that is given in epochs
-        replaces the preset's in steps."""
+        """One of the PRESETS, but for some changes; a length in epochs replaces that in steps."""
         if preset not in PRESETS:
             raise InputError(f"preset is {preset!r}, not one of {', '.join(PRESETS)}")
         values = {}
@@ -257,12 +256,10 @@ class Batches:
 
     def __getitem__(self, step):
         epoch, batch = divmod(step, self.per_epoch)
-        start = batch * self.batch_size
-        if self.seed is None:
-            rows = torch.arange(self.n_rows)
-        else:
+        rows = torch.arange(self.n_rows)
+        if self.seed is not None:
             rows = shuffled(self.n_rows, self.seed * 1_000_003 + epoch)
-        return self.get(rows[start : start + self.batch_size])
+        return self.get(rows[batch * self.batch_size :][: self.batch_size])
 
 def to_float(images):
     """uint8 tensor (B,H,W,3) -> float (B,3,H,W) in [-1,1]."""
@@ -337,8 +334,7 @@ class Tokenizer:
         return " ".join(self.all_words[i - K] for i in ids if i >= K)
 
     def encode_batch(self, texts):
-        """B captions -> int64 (B,L+1): the words, then EOT up to the length of the longest. None is
-        no caption: EOT only."""
+        """B captions -> int64 (B,L+1): words, then EOTs up to that length. None: only EOTs."""
         ids = torch.full((len(texts), self.caption_length + 1), self.end_of_text_token)
         for row, text in zip(ids, texts):
             if text is not None:
@@ -473,13 +469,13 @@ def split_colors(x):
     red seven on blue and a white seven on black have equal shares."""
     # What is on the edge is ground: take a light colour there and a dark one, but not the lightest
     # and darkest, which may be strokes that touch the edge. The light one is called the ground
-    edge = torch.cat([x[:, :, [0, -1]].flatten(2), x[..., [0, -1]].flatten(2)], 2).float()
+    edge = torch.cat([x[:, :, [0, -1]].flatten(2), x[..., [0, -1]].flatten(2)], 2)
     luma = (edge * edge.new_tensor([[0.3], [0.6], [0.1]])).sum(1, keepdim=True)  # (B,1,2H+2W)
     some = luma.argsort(2)[..., [-luma.shape[2] // 20, luma.shape[2] // 20]]
     ground, second = edge.take_along_dim(some, 2).split(1, 2)  # (B,3,1) each
     # With the ground as origin a colour is an axis, and inverse(axes) @ points are a pixel's shares
     inverse = functools.partial(torch.linalg.pinv, atol=0.2, rtol=0.0)  # shorter axes count as none
-    points, axes = x.float().flatten(2) - ground, second - ground  # (B,3,H*W), (B,3,1)
+    points, axes = x.flatten(2) - ground, second - ground  # (B,3,H*W), (B,3,1)
     for _ in range(2):  # the ink is farthest from the grounds' line, the last from their plane
         off = points - axes @ (inverse(axes) @ points)  # (B,3,H*W)
         squared, far = off.square().sum(1, keepdim=True).max(2, keepdim=True)  # (B,1,1) each
@@ -762,24 +758,22 @@ def decode_pictures(vqvae, tokens):
 # --- Losses and measures: how well is a picture reconstructed, a token predicted? -----------------
 
 def vqvae_loss(vqvae, x, cfg):
-    """Pictures (B,3,H,W) -> dict of what there is to report, of which 'loss' has the gradient, and
-    the features z_e (B,D,h,w)."""
+    """Pictures (B,3,H,W) -> dict to report, 'loss' with gradient; features z_e (B,D,h,w)."""
     z_e, z_q, recon_x = vqvae(x)
-    recon_x = recon_x.float()  # under autocast it is bfloat16
     loss = compute_loss(x, recon_x, z_e, z_q, cfg.beta)
     return {"loss": loss, "recon_mse": F.mse_loss(recon_x, x)}, z_e
 
 def next_token_nll(logits, targets):
     """Logits (B,T,V) -> nats that each of the targets (B,T) costs, (B,T)."""
-    nll = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
+    nll = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
     return nll.view_as(targets)
 
 def igpt_loss(igpt, rows, cfg):
     """Sequences (B,T) -> weighted mean nats a target, a scalar, and the logits (B,T-1,V).
-    The EOTs that fill up a short caption, or one that was taken away, count nothing. Where the picture comes first, all up to
-    its end counts image_weight: what is learned there draws without a caption (see pick_warped).
-    The words after it count caption_weight: few targets, but no others teach reading. Noise is for
-    rows that begin with the caption: who learns to read had better see what is there."""
+    The EOTs that fill up a short caption, or one that was taken away, count nothing. Where the
+    picture comes first, all up to its end counts image_weight: what is learned there draws without
+    a caption (see pick_warped). The words after it count caption_weight: few targets, but no others
+    teach reading. Noise is for drawing alone: who learns to read had better see what is there."""
     inputs, targets = rows[:, :-1], rows[:, 1:]
     eot, eoi, bos = specials(igpt.vocab_size)
     draws = targets[:, :1] == eoi  # (B,1): the caption comes first
@@ -903,11 +897,7 @@ class Trainer:
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
         self.step_losses = []
 
-    @property
-    def step(self):
-        """How many steps have been made."""
-        return len(self.step_losses)
-
+    step = property(lambda self: len(self.step_losses))  # how many have been made
     def train(self, train_loader, test_loader, num_epochs, on_step=None, on_pass=None):
         """Train until num_epochs passes of the loader are done, going on from self.step. Loaders
         are Batches, or any iterables of batches with a length; a pass is what the notes call an
@@ -1245,8 +1235,7 @@ def generate(model, prompts, n_new, span, how, unconditional=(), closing=False):
                     # Exaggerate what the condition changes; but tokens that are 20 times (3 nats)
                     # less likely than the likeliest take no part, or rare ones would win
                     hopeless = logits < logits.amax(1, keepdim=True) - 3
-                    logits = uncond.lerp(logits, 1 + how.guidance)
-                    logits.masked_fill_(hopeless, -math.inf)
+                    logits = uncond.lerp(logits, 1 + how.guidance).masked_fill(hopeless, -math.inf)
                 if closing and not new:
                     logits[:, -1] = -math.inf
                 new.append(span[0] + sample_token(logits, how)[:, None])  # (B,1)
@@ -1568,8 +1557,7 @@ def to_uint8(images, value_range="auto", name="images"):
     allowed = images.clip(0, limit)  # the nearest values that the range has, (M,H,W,3)
     if limit > 1:
         allowed = allowed.round()
-    # Pictures are no farther from those than by an error of rounding. `not ... <=` instead of `>`,
-    # for NaN is neither
+    # Pictures are no farther from those than by an error of rounding; NaN is neither <= nor >
     if not np.abs(images - allowed).max() <= 0.001:
         raise InputError(f"{name}: {images.min()} to {high} does not fit {value_range}: 0-{limit}")
     return np.round(allowed * (255 // limit)).astype(np.uint8), value_range
@@ -1866,8 +1854,7 @@ def sample_paths(prefix):
     return grid, grid.with_suffix(".npy"), grid.with_suffix(".txt")
 
 def save_samples(prefix, images, captions, together=1):
-    """Write a picture_grid, the pictures uint8 (N,H,W,3) and a caption a line to sample_paths.
-    Returns the grid's path."""
+    """A picture_grid, pictures uint8 (N,H,W,3), a caption a line -> sample_paths; their first."""
     buffer, (grid, pictures, texts) = io.BytesIO(), sample_paths(prefix)
     np.save(buffer, images)
     save_picture(grid, picture_grid(images, captions, together=together))
@@ -2037,8 +2024,7 @@ def report_codebook(vqvae, images, folder):
         save_picture(f"{folder}/results/reconstructions.ppm", grid)
 
 def load_models(folder, device, phase=None, any_codes=False):
-    """What is in a run directory, or what of it a phase goes on from -> Models. any_codes: see
-    load_igpt."""
+    """A run directory, or what of it a phase goes on from -> Models. any_codes: load_igpt's."""
     if phase in ("vqvae", "single"):
         return Models()
     vqvae = load_vqvae(f"{folder}/{VQVAE_FILE}", device)
