@@ -23,7 +23,7 @@ the recipe of a VQ-VAE and an iGPT for coloured MNIST, notes B the plan for trai
     Batches       Batches: what is learned from, in an order that can be resumed
     Tokenizer     Tokenizer: codes, words and marks in one vocabulary           [A, tokens]
     VQ-VAE        VectorQuantizer, VQVAE, FactoredVQVAE, compute_loss           [A, VQ-VAE; B 1]
-    Attention     SelfAttention                                                 [A, KV cache]
+    Attention     linear, SelfAttention                                         [A, KV cache]
     iGPT          iGPT, ParallelPredictor                                       [A, iGPT; B 1]
     Sequences     make_sequences, text_prompts, image_prompts, extract_tokens   [A, token sequence]
     Losses        vqvae_loss, igpt_loss, with_noise, measure_reconstruction     [A, losses; B 6]
@@ -522,7 +522,7 @@ def compute_loss(x, recon_x, z_e, z_q, beta=Config.beta):
     loss = F.mse_loss(recon_x, x) + F.mse_loss(z_q, z_e.detach())
     return loss + beta * F.mse_loss(z_e, z_q.detach())
 
-# --- Attention: queries, keys, values, and a cache of the latter two ------------------------------
+# --- Attention: fast products; queries, keys, values, and a cache of the latter two ---------------
 #
 # When tokens are generated one by one, keys and values of those before are the same at every step.
 # They are kept in a tensor that is allocated once, and whoever writes says at which position.
