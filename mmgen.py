@@ -196,7 +196,7 @@ class Config(Settings):
         lambda_xent      0.003   0.003   0.003   0..          of cross-entropy; 0.1: codes collapse
         lambda_warmup    0.3     0.15    0.3     0..1         share of `single` in which that is 0
         general
-        batch_size       128     64      16      3..          64 learns most a second on a CPU
+        batch_size       128     64      16      3..          64 learns most; guidance wants 16
         optimizer        adam    muon    adam    adam|muon    muon: orthogonal steps for matrices
         precision        auto    auto    fp32    auto|fp32|bf16  of products; auto: bf16 if fast
         seed             0       0       0       0..2147483648   of weights, batches and noise
@@ -240,9 +240,9 @@ def shuffled(n_rows, seed):
 class Batches:
     """Batch number `step` as a function of (seed, step) alone, so that training can go on from any
     step. (A shuffled DataLoader hides its place in a generator's state.) Rows are shuffled anew in
-    every epoch; a PASS, what one iteration yields and len() counts, need not be an epoch. get: row
-    numbers int64 (B,), fewer at an epoch's end, -> a batch. n_rows: how many there are. seed None:
-    in order. per_pass: batches a pass (0: an epoch)."""
+    every epoch; a PASS, what one iteration yields (the next goes on there) and len() counts, need
+    not be an epoch. get: row numbers int64 (B,), fewer at an epoch's end, -> a batch. n_rows: how
+    many there are. seed None: in order. per_pass: batches a pass (0: an epoch)."""
     def __init__(self, get, n_rows, batch_size, seed=None, per_pass=0):
         self.get, self.n_rows, self.batch_size, self.seed = get, n_rows, batch_size, seed
         self.per_epoch = math.ceil(n_rows / batch_size)
@@ -279,8 +279,8 @@ def random_affine(x, strength):
     return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
 
 def picture_batches(images, batch_size, text_ids=None, **options):
-    """uint8 pictures (M,H,W,3) -> Batches of (B,3,H,W) in [-1,1]; with text ids (M,L+1) of pairs
-    (pictures, text ids (B,L+1))."""
+    """uint8 pictures (M,H,W,3) -> Batches of x (B,3,H,W) in [-1,1]; given text ids (M,L+1), too, of
+    pairs (x, text ids (B,L+1))."""
     def get(rows):
         x = to_float(torch.from_numpy(images[rows.numpy()]))
         return x if text_ids is None else (x, text_ids[rows])
@@ -367,7 +367,7 @@ class VectorQuantizer(nn.Embedding):
 
     def distances(self, z):
         """Features (B,D,...) -> squared distances to all codes (B,...,K), as |z|^2 - 2 z.e + |e|^2:
-        a matrix product, no (...,K,D) tensor."""
+        a matrix product (linear: see Attention), no (...,K,D) tensor."""
         with torch.autocast(z.device.type, enabled=False):  # bfloat16 would pick codes by luck
             z, e = z.movedim(1, -1).float(), self.weight
             return linear(-2 * z, e, e.square().sum(1)).add_(z.square().sum(-1, keepdim=True))
@@ -506,7 +506,7 @@ class FactoredVQVAE(VQVAE):
     def encode(self, x):
         shares, colors = split_colors(x)
         z = self.encoder(shares)  # (B,D,h,w)
-        z[CORNERS] += self.colors_in(colors).mT  # (B,D,4)
+        z[CORNERS] += self.colors_in(colors).mT  # (B,D,4), of numbers in [-1,1]: needs no norm
         return z
 
     def decode(self, z):
@@ -528,9 +528,9 @@ def compute_loss(x, recon_x, z_e, z_q, beta=Config.beta):
 # They are kept in a tensor that is allocated once, and whoever writes says at which position.
 
 def linear(x, weight, bias=None):
-    """F.linear: x (...,in), weight (out,in), bias (out,) -> (...,out). On a CPU many rows are taken
-    as the pixels of a picture and multiplied by a convolution of width 1: torch has oneDNN compute
-    these in float32, too, which may take half the time of MKL's products."""
+    """F.linear: x (...,rows,in), weight (out,in), bias (out,) -> (...,rows,out). On a CPU the rows
+    of a large x are taken as pixels and multiplied by a convolution of width 1: torch has oneDNN
+    compute these, in float32, too, which may take half the time of MKL's products."""
     if x.device.type != "cpu" or x.numel() < 50_000:
         return F.linear(x, weight, bias)
     pixels = x.flatten(0, -2)[None, None].movedim(3, 1)  # (1,in,1,rows), in memory as before
@@ -538,7 +538,7 @@ def linear(x, weight, bias=None):
     return y.movedim(1, 3).view(*x.shape[:-1], -1)
 
 class Linear(nn.Linear):
-    """nn.Linear by the function above."""
+    """nn.Linear by the function above, for large x."""
     def forward(self, x):
         return linear(x, self.weight, self.bias)
 
@@ -556,10 +556,10 @@ class SelfAttention(nn.Module):
         self.out = Linear(d_model, d_model, bias=False)
 
     def forward(self, x, turns, bias, cache=None, position=0):
-        """x (B,T,d) -> (B,T,d). turns: complex (T,1,head_dim/2), by which queries and keys are
-        turned when pairs of numbers are taken as complex ones. bias (T*heads,end) is added to
+        """x (B,T,d) -> (B,T,d). turns: complex (T,1,head_dim/2), by which pairs of a query's or
+        key's numbers, taken as complex ones, are multiplied. bias (T*heads,position+T) is added to
         scores; -inf where a token must not look. cache: (2,B,context_length,head_dim), of which the
-        first `position` places hold keys and values of what came before x; x's own go behind."""
+        first `position` places hold keys and values of what came before x; x's own come next."""
         end = position + x.shape[1]
         qkv = self.qkv(x).unflatten(2, (self.n_heads + 2, -1))  # (B,T,heads+2,head_dim)
         qk, v = self.norm(qkv[:, :, :-1]), qkv[:, :, -1]
@@ -612,10 +612,10 @@ class iGPT(nn.Module):
         vars(self).update(self.options)
         self.n_codes = 0 if codebook is None else len(codebook)  # K, as far as it is known
         self.embedding = nn.Embedding(vocab_size, d_model)
-        self.back = nn.Parameter(torch.zeros(n_layers, n_heads, context_length))  # by distance
+        self.back = nn.Parameter(torch.zeros(n_layers, n_heads, context_length))  # added to scores
         self.blocks = nn.ModuleList(Block(d_model, n_heads, dropout) for _ in range(n_layers))
         self.norm = nn.LayerNorm(d_model)
-        self.head = nn.Linear(d_model, vocab_size, bias=False)
+        self.head = nn.Linear(d_model, vocab_size, bias=False)  # its weight: see tables
         self._codebook = (codebook,)  # in a tuple nn.Module does not look for parameters
         if codebook is not None:
             self.code_in = nn.Linear(codebook.shape[1], d_model, bias=False)
@@ -707,9 +707,9 @@ def mixed_sequences(tokens, text_ids, tokenizer, orders):
 
 def pick_warped(orders, clean, warped):
     """Two batches (B,...) of the same pictures -> one to go with mixed_sequences: warped where a
-    picture comes before its caption. Such rows teach to go on as the strokes so far look like, a
-    habit that would be kept after a caption. Warped strokes mark these rows, so in clean ones the
-    caption is heeded. Of other rows a quarter is warped, too, to vary the handwriting."""
+    picture comes before its caption. There it is guessed from its own strokes, a habit that would
+    be kept after a caption. Warped strokes mark these rows, so in clean ones the caption is heeded.
+    Of other rows a quarter is warped, too, for variety, those that lose their caption among it."""
     n, picked = len(orders), []
     for a, b, order in zip(clean.tensor_split(n), warped.tensor_split(n), orders):
         end = len(a) // (4 if order == "text_image" else 1)  # rows come in random order
@@ -740,7 +740,7 @@ def extract_tokens(vqvae, images, augment=0.0):
     -> tokens int64 (M,N), on the CPU. augment: random_affine's. InputError for another size."""
     if images.shape[1:3] != vqvae.size:
         raise InputError(f"the model knows {vqvae.size} pictures, not {images.shape[1:3]}")
-    # In one piece: small ones that are kept among a batch's large blocks would fragment the memory
+    # In one piece: many small ones, kept between a batch's large blocks, would fragment memory
     tokens = torch.empty(len(images), vqvae.n_tokens, dtype=int)
     for x, part in zip(track(picture_batches(images, CHUNK), "extracting tokens"),
                        tokens.split(CHUNK)):
@@ -770,26 +770,26 @@ def next_token_nll(logits, targets):
 
 def igpt_loss(igpt, rows, cfg):
     """Sequences (B,T) -> weighted mean nats a target, a scalar, and the logits (B,T-1,V).
-    The EOTs that fill up a short caption, or one that was taken away, count nothing. Where the
-    picture comes first, all up to its end counts image_weight: what is learned there draws without
-    a caption (see pick_warped). The words after it count caption_weight: few targets, but no others
+    The EOTs that fill up a short caption, or one that was taken away, weigh 0. Where the
+    picture comes first, all up to its end weighs image_weight: what is learned there draws without
+    a caption (see pick_warped). The words after it weigh caption_weight: few targets, but no others
     teach reading. Noise is for drawing alone: who learns to read had better see what is there."""
     inputs, targets = rows[:, :-1], rows[:, 1:]
     eot, eoi, bos = specials(igpt.vocab_size)
-    draws = targets[:, :1] == eoi  # (B,1): the caption comes first
+    caption_first = targets[:, :1] == eoi  # (B,1)
     weight = torch.where((inputs == eoi).cumsum(1) > 0, cfg.caption_weight, cfg.image_weight)
     fills = (inputs >= eot) & (inputs < bos) & (targets == eot)
-    weight = weight.masked_fill(draws, 1).masked_fill(fills, 0)
-    logits = igpt(with_noise(igpt, inputs, cfg.noise, draws))
+    weight = weight.masked_fill(caption_first, 1).masked_fill(fills, 0)
+    logits = igpt(with_noise(igpt, inputs, cfg.noise, caption_first))
     return (next_token_nll(logits, targets) * weight).sum() / weight.sum(), logits
 
-def with_noise(igpt, inputs, most, draws):
-    """Inputs (B,T-1) -> the same; but in training, and in rows where draws (B,1) is true, a random
-    share of the picture tokens, `most` at most, becomes random codes: a model that draws reads its
-    own errors, and should rather heed the caption. An iGPT without a codebook cannot tell codes."""
+def with_noise(igpt, inputs, most, caption_first):
+    """Inputs (B,T-1) -> the same; but in training, and in rows where caption_first (B,1) is true, a
+    random share of picture tokens, `most` at most, becomes random codes: who draws reads one's own
+    errors, and should rather heed the caption. An iGPT without a codebook cannot tell codes."""
     if not (most and igpt.training and igpt.n_codes):
         return inputs
-    share = most * draws * torch.rand_like(draws, dtype=torch.float)
+    share = most * caption_first * torch.rand_like(caption_first, dtype=torch.float)
     replace = (inputs < igpt.n_codes) & (torch.rand_like(inputs, dtype=torch.float) < share)
     return torch.where(replace, torch.randint_like(inputs, igpt.n_codes), inputs)
 
@@ -1001,8 +1001,8 @@ class iGPTTrainer(Trainer):
 class JointTrainer(Trainer):
     """`single` and phase 3: all at once. Batches are (pictures (B,3,H,W), captions (B,L+1)).
     The loss is compute_loss + lambda * xent. In `single` lambda is 0 at first, while no codes are
-    worth predicting, then rises. A small lambda does: Adam and Muon learn the transformer as fast,
-    and a large one makes codes predictable, not exact. models: Models. total: the phase's steps."""
+    worth predicting, then rises. A small one does, as the length of Adam's and Muon's steps hardly
+    depends on it; a large one makes codes predictable, not exact. total: the phase's steps."""
     TAU = 0.5  # temperature of the soft targets, in mean squared quantization errors
     RAMP = 0.05  # share of `single` in which lambda rises
     def __init__(self, phase, models, optimizer, device, total, **options):
@@ -1043,7 +1043,7 @@ class JointTrainer(Trainer):
         xent, logits = igpt_loss(igpt, rows, self.cfg)
         error = distance.detach().amin(-1).mean().clamp(min=1e-6)
         soft = (-distance / (self.TAU * error)).softmax(-1)  # (B,N,K)
-        # Logits will do for log p: they differ by a number for each token, and soft sums up to 1
+        # Logits will do for log p: they differ by a number a token, soft - sg[soft] sums up to 0
         # (B,T-1,V) -> (B,N,K), where a code is next
         logits = logits.detach()[rows[:, 1:] < t.n_embeddings, : t.n_embeddings].view_as(soft)
         return xent - ((soft - soft.detach()) * logits).sum(-1).mean()
@@ -1145,7 +1145,7 @@ def prepare_phase(phase, cfg, data, models, device):
         train, test = extract_tokens(vqvae, train), extract_tokens(vqvae, test)
     train = make(train, cfg.batch_size, train_ids, **options)
     trainer = phase_trainer(phase, cfg, models, device, len(train) * passes)
-    return models, trainer, (train, make(test, 125, test_ids), passes)
+    return models, trainer, (train, make(test, 125, test_ids), passes)  # halves of FEW
 
 def phase_trainer(phase, cfg, models, device, total):
     """The Trainer of a phase of `total` steps. A codebook at which the transformer pulls, too, gets
@@ -1165,7 +1165,7 @@ def phase_trainer(phase, cfg, models, device, total):
 
 def train_regime(regime, cfg, data, models=None, device="cpu"):
     """Train one of REGIMES as a Config says, on Data -> Models. models: for a phase alone, what the
-    phases before it have left. Nothing is written to disk: Part II's Run does that.
+    phases before it have left. (Part II's Run writes files.) They come in eval mode.
 
         data = Data(images, test_images, captions, test_captions)
         models = train_regime("multi", Config.preset("laptop"), data)
@@ -1211,7 +1211,7 @@ def generate(model, prompts, n_new, span, how, unconditional=(), closing=False):
     """Continue prompts, int64 (B,T) on any device, by n_new >= 1 tokens -> int64 (B,n_new). The
     model is in eval mode afterwards.
     span: (low, high), the only ids allowed. how: a SamplingConfig. unconditional: for guidance (Ho
-    & Salimans 2022), the prompt without its condition, (1,T), or (). closing: the span's last id
+    & Salimans 2022), the prompt without its condition (1,T), or no row. closing: the span's last id
     is an end mark, which may not come first; tokens after it mean nothing. Raises InputError for a
     ParallelPredictor and beyond the context."""
     if not model.eval().causal:
@@ -1245,8 +1245,8 @@ def generate(model, prompts, n_new, span, how, unconditional=(), closing=False):
 
 @dataclass
 class Models:
-    """What has been trained, and what it can make; how: a SamplingConfig. Prompts must begin like
-    sequences of the orders that the iGPT was trained on."""
+    """What has been trained, and what it can make; each method's `how` is a SamplingConfig. Prompts
+    must begin like sequences of the orders that the iGPT was trained on."""
     vqvae: VQVAE = None
     igpt: iGPT = None
     tokenizer: Tokenizer = None
@@ -1269,7 +1269,7 @@ class Models:
         self.expect("text_image")
         t, N = self.tokenizer, self.vqvae.n_tokens
         prompts = text_prompts(t, captions)  # (B,L+3)
-        if not self.igpt.eval().causal:  # a ParallelPredictor draws all at once; it sees blanks
+        if not self.igpt.eval().causal:  # a ParallelPredictor draws all at once, unguided
             rows = F.pad(prompts, (0, N - 1)).to(self.igpt.head.weight.device)  # (B,L+2+N)
             return sample_token(self.igpt(rows)[:, -N:, : t.n_embeddings], how)  # (B,N,K) -> (B,N)
         nothing = text_prompts(t, [None] if how.guidance else [])  # (1 or 0,L+3)
@@ -1281,7 +1281,7 @@ class Models:
 
     def unsure(self, tokens, captions):
         """Picture tokens (B,N), B captions -> list of those rows with a word of which the iGPT is
-        not 90 % sure (of synonyms it never is). It reads pixels: a red seven on red shows none."""
+        not 90 % sure (of synonyms it never is). It reads pixels: codes may spell a red 7 on red."""
         if "image_text" not in self.igpt.orders:
             return []  # it cannot read
         seen = extract_tokens(self.vqvae, decode_pictures(self.vqvae, tokens))
