@@ -185,7 +185,7 @@ class Config(Settings):
         noise            0.0     0.3     0.0     0..1         at most this share of codes is random
         augment          0.0     0.07    0.0     0..1         by how much pictures are warped
         igpt_epochs      30      30      30      1..          length of phase 2
-        igpt_steps       0       4400    60      0..          the same in steps; 0: in epochs
+        igpt_steps       0       3100    60      0..          the same in steps; 0: in epochs
         igpt_lr          1e-3    8e-3    3e-3    0..          iGPT's rate; muon: but for matrices
         joint training
         single_epochs    30      30      30      1..          length of `single`
@@ -196,7 +196,7 @@ class Config(Settings):
         lambda_xent      0.003   0.003   0.003   0..          of cross-entropy; 0.1: codes collapse
         lambda_warmup    0.3     0.15    0.3     0..1         share of `single` in which that is 0
         general
-        batch_size       128     64      16      3..          64 learns most; guidance wants 16
+        batch_size       128     64      16      3..          64 learns most; guidance wants 32
         optimizer        adam    muon    adam    adam|muon    muon: orthogonal steps for matrices
         precision        auto    auto    fp32    auto|fp32|bf16  of products; auto: bf16 if fast
         seed             0       0       0       0..2147483648   of weights, batches and noise
@@ -695,13 +695,13 @@ def make_sequences(tokens, text_ids, tokenizer, order):
     return torch.cat(rows[order], 1)
 
 def mixed_sequences(tokens, text_ids, tokenizer, orders):
-    """A batch in equal parts of several orders, one after the other: (B,N), (B,L+1) -> (B,T). An
-    eighth of text_image rows loses the caption, so that guidance can ask what is drawn without."""
+    """A batch in equal parts of several orders, one after the other: (B,N), (B,L+1) -> (B,T). A
+    sixteenth of text_image rows loses its caption, so that guidance can ask what is drawn then."""
     n, rows = len(orders), []
     for part, ids, order in zip(tokens.tensor_split(n), text_ids.tensor_split(n), orders):
         if order == "text_image":
             ids = ids.clone()
-            ids[: len(ids) // 8] = tokenizer.end_of_text_token
+            ids[: len(ids) // 16] = tokenizer.end_of_text_token
         rows.append(make_sequences(part, ids, tokenizer, order))
     return torch.cat(rows)
 

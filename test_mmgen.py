@@ -387,12 +387,12 @@ def test_a_batch_has_equal_parts_of_all_orders():
         assert torch.equal(rows[i], make_sequences(tokens, ids, t, order)[i])
     batch = mmgen.sequence_batches(t, orders, tokens, 3, ids, warped=tokens + 1)[0]
     assert torch.equal(batch[2], rows[2]) and torch.equal(batch[:2, 2:51], tokens[:2] + 1)
-    # An eighth of those that come after their captions has none
+    # A sixteenth of those that come after their captions has none
     tokens, ids = torch.randint(23, (35, 49)), t.encode_batch(TEXTS[:1] * 35)
     mixed = mmgen.mixed_sequences(tokens, ids, t, orders)
-    assert mixed[18:20, 2:9].unique().tolist() == [t.end_of_text_token]
-    assert torch.equal(mixed[18:20, 9:], tokens[18:20])
-    assert torch.equal(mixed[20:], make_sequences(tokens, ids, t, "text_image")[20:])
+    assert mixed[18:19, 2:9].unique().tolist() == [t.end_of_text_token]
+    assert torch.equal(mixed[18, 9:], tokens[18])
+    assert torch.equal(mixed[19:], make_sequences(tokens, ids, t, "text_image")[19:])
     # Of the other pictures a quarter is warped
     part = mmgen.pick_warped(orders, torch.zeros(32), torch.ones(32))
     assert part[:16].all() and part[16:].sum() == 4
