@@ -256,9 +256,8 @@ class Batches:
 
     def __getitem__(self, step):
         epoch, batch = divmod(step, self.per_epoch)
-        rows = torch.arange(self.n_rows)
-        if self.seed is not None:
-            rows = shuffled(self.n_rows, self.seed * 1_000_003 + epoch)
+        rows = torch.arange(self.n_rows) if self.seed is None else shuffled(
+            self.n_rows, self.seed * 1_000_003 + epoch)
         return self.get(rows[batch * self.batch_size :][: self.batch_size])
 
 def to_float(images):
