@@ -885,9 +885,9 @@ class Trainer:
     """The training loop that the library and the command line share. A subclass has `phase`, a
     name, and loss(batch) -> dict of scalars to report, of which 'loss' has the gradient.
     model: an nn.Module, or a dict of several. optimizer: any torch optimizer over their parameters.
-    vocab_size, sequence_length: the notes give an iGPT's, which it knows itself. cfg: a Config with
-    the loss' weights and the seed. scheduler: stepped once a step (default: the learning rates
-    stay). bf16: products in bfloat16. self.step_losses: the loss of each step."""
+    vocab_size, sequence_length: the notes give an iGPT's, which it knows itself. By name: cfg, a
+    Config with the loss' weights and the seed; scheduler, stepped once a step (default: learning
+    rates stay); bf16: products in bfloat16. self.step_losses: the loss of each step."""
     def __init__(self, model, optimizer, device, vocab_size=0, sequence_length=0, cfg=Config(),
                  scheduler=None, bf16=False):
         self.modules = nn.ModuleDict(model if isinstance(model, dict) else {self.phase: model})
@@ -897,6 +897,7 @@ class Trainer:
         self.step_losses = []
 
     step = property(lambda self: len(self.step_losses))  # how many have been made
+
     def train(self, train_loader, test_loader, num_epochs, on_step=None, on_pass=None):
         """Train until num_epochs passes of the loader are done, going on from self.step. Loaders
         are Batches, or any iterables of batches with a length; a pass is what the notes call an
